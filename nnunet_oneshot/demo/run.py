@@ -1,0 +1,121 @@
+"""Runs the demonstration: generated phantoms through every step, by the commands a user would type."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from nnunet_oneshot.demo.phantoms import write_phantom_dataset
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation.commands import CommandResult, command_environment, run_command
+
+DATASET = "Dataset999_Phantoms"
+PLANS = "nnUNetOneShotCPUPlans"
+PLANNER = "OneShotCPUPlanner"
+CONFIGURATION = "3d_fullres"
+MARKER = "demo.json"
+_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "predictions", "exported_model", "logs")
+_FILES = ("report.html", "report.md", "report.json", MARKER)
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    trainer: str = "OneShotDistillTrainer_2epochs",
+    training_cases: int = 14,
+    test_cases: int = 5,
+    seed: int = 2024,
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Generates phantoms, runs every step and writes ``report.html``, ``report.md`` and ``report.json`` into ``out``.
+
+    Args:
+        out: A new or empty folder, or the folder of a previous demonstration, which is replaced.
+        trainer: The trainer that ``nnUNetv2_train`` is given.
+        training_cases: Number of training phantoms, of which one is labelled.
+        test_cases: Number of labelled test phantoms.
+        seed: Seed of the phantoms.
+        log: Receives each line that is shown.
+
+    Returns:
+        The numbers of ``report.json``.
+
+    Raises:
+        OneShotError: ``out`` holds something else, or a command failed.
+    """
+    from nnunet_oneshot.demo.report import write_report
+
+    out = Path(out).absolute()
+    _claim(out)
+    start = time.monotonic()
+    log(f"Writing {training_cases} training phantoms (1 labelled) and {test_cases} test phantoms to {out}")
+    raw = out / "nnUNet_raw" / DATASET
+    write_phantom_dataset(raw, training_cases=training_cases, test_cases=test_cases, seed=seed)
+    environment = command_environment(
+        raw=out / "nnUNet_raw",
+        preprocessed=out / "nnUNet_preprocessed",
+        results=out / "nnUNet_results",
+        variables={"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"},
+    )
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        log(f'$ export {name}="{environment[name]}"')
+    log('$ eval "$(nnunet_oneshot env)"')
+
+    done: list[CommandResult] = []
+    for number, arguments in enumerate(_commands(trainer)):
+        log("$ " + " ".join(arguments))
+        result = run_command(
+            arguments, environment=environment, log_file=out / "logs" / f"{number + 1}_{arguments[0]}.txt", cwd=out
+        )
+        log(f"  done in {result.seconds:.0f} s")
+        done.append(result)
+    report = write_report(out, raw=raw, trainer=trainer, commands=done, seconds=time.monotonic() - start)
+    log(f"Mean Dice on the test phantoms: student {report['mean_dice']['student']:.3f}, ")
+    log(f"label propagation {report['mean_dice']['propagation']:.3f}. Report: {out / 'report.html'}")
+    return report
+
+
+def _commands(trainer: str) -> list[list[str]]:
+    """Every step, with paths relative to the demonstration's folder."""
+    raw, preprocessed = f"nnUNet_raw/{DATASET}", f"nnUNet_preprocessed/{DATASET}"
+    run = ["-d", "999", "-c", CONFIGURATION, "-p", PLANS]
+    evaluate = ["-djfile", f"{raw}/dataset.json", "-pfile", f"{preprocessed}/{PLANS}.json", "-np", "1"]
+    student, propagation = "predictions/student", "predictions/propagation"
+    return [
+        ["nnunet_oneshot", "plan_and_preprocess", "-d", "999", "-c", CONFIGURATION, "-pl", PLANNER, "-np", "1"]
+        + ["--verify"],
+        ["nnunet_oneshot", "register", *run, "-f", "0", "--device", "cpu"],
+        ["nnUNetv2_train", "999", CONFIGURATION, "0", "-tr", trainer, "-p", PLANS, "-device", "cpu"],
+        ["nnUNetv2_predict", "-i", f"{raw}/imagesTs", "-o", student, *run, "-tr", trainer, "-f", "0"]
+        + ["-device", "cpu", "-npp", "1", "-nps", "1"],
+        ["nnUNetv2_evaluate_folder", f"{raw}/labelsTs", student, *evaluate],
+        ["nnunet_oneshot", "propagate", *run, "-f", "0", "-i", f"{raw}/imagesTs", "-o", propagation]
+        + ["--device", "cpu"],
+        ["nnUNetv2_evaluate_folder", f"{raw}/labelsTs", propagation, *evaluate],
+        ["nnunet_oneshot", "export", *run, "-tr", trainer, "-f", "0", "-o", "exported_model"],
+    ]
+
+
+def _claim(out: Path) -> None:
+    """Makes the folder, emptied of a previous demonstration, and marks it as ours."""
+    if out.exists() and not out.is_dir():
+        raise OneShotError(f"{out} is a file: give --out a folder that does not exist yet.")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise OneShotError(
+                f"{out} is not empty and was not written by `nnunet_oneshot demo`: nothing in it was touched. "
+                f"Give --out a new folder."
+            )
+        for name in _FOLDERS:
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in _FILES:
+            (out / name).unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / MARKER).write_text(json.dumps({"program": "nnunet_oneshot demo", "process": os.getpid()}) + "\n")
+    except OSError as error:
+        raise OneShotError(f"{out} cannot be written ({error.strerror}): give --out another folder.") from error

@@ -1,0 +1,1 @@
+"""Baselines, metrics, benchmark and its figures."""

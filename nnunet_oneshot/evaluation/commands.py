@@ -1,0 +1,124 @@
+"""Runs nnU-Net's commands and our own as a user would type them, in an environment with its own folders."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nnunet_oneshot
+from nnunet_oneshot.errors import OneShotError
+
+_TAIL_LINES = 25
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What a finished command cost.
+
+    Attributes:
+        line: The command as typed.
+        seconds: Wall-clock time.
+        peak_memory_mb: Largest resident memory of any of its processes, MiB; None where the system does not tell.
+    """
+
+    line: str
+    seconds: float
+    peak_memory_mb: float | None
+
+
+def command_environment(
+    *,
+    raw: str | Path | None = None,
+    preprocessed: str | Path | None = None,
+    results: str | Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The environment of the commands: this process's, with nnU-Net's folders set and our trainers made findable.
+
+    Args:
+        raw: ``nnUNet_raw``; None keeps the present one. Likewise the two others.
+        preprocessed: ``nnUNet_preprocessed``.
+        results: ``nnUNet_results``.
+        variables: Further variables.
+    """
+    environment = dict(os.environ)
+    for name, folder in (("nnUNet_raw", raw), ("nnUNet_preprocessed", preprocessed), ("nnUNet_results", results)):
+        if folder is not None:
+            environment[name] = str(Path(folder).absolute())
+    ours = str(Path(nnunet_oneshot.__file__).parent / "ext_trainer")
+    listed = [p for p in environment.get("nnUNet_extTrainer", "").split(os.pathsep) if p]
+    environment["nnUNet_extTrainer"] = os.pathsep.join(listed if ours in listed else [*listed, ours])
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment.update(variables or {})
+    return environment
+
+
+def run_command(
+    arguments: Sequence[str], *, environment: Mapping[str, str], log_file: str | Path, cwd: str | Path | None = None
+) -> CommandResult:
+    """Runs one command, its output going to a log file.
+
+    Args:
+        arguments: The command's name (found beside this interpreter, else on the path) and its arguments.
+        environment: See `command_environment`.
+        log_file: Overwritten.
+        cwd: Working folder.
+
+    Raises:
+        OneShotError: The command does not exist or ends with a status other than 0; the message holds the log's end.
+    """
+    line = shlex.join(arguments)
+    executable = _find_executable(arguments[0])
+    log_file = Path(log_file)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with open(log_file, "wb") as log:
+        process = subprocess.Popen(
+            [executable, *arguments[1:]],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+        )
+        try:
+            status, peak = _wait(process)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if status != 0:
+        tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+        raise OneShotError(f"`{line}` ended with status {status}. The end of its output ({log_file}):\n{tail}")
+    return CommandResult(line=line, seconds=time.monotonic() - start, peak_memory_mb=peak)
+
+
+def _wait(process: subprocess.Popen) -> tuple[int, float | None]:
+    """Exit status of a process and its peak memory in MiB."""
+    if not hasattr(os, "wait4"):
+        return process.wait(), None
+    _, raw_status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(raw_status)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return process.returncode, usage.ru_maxrss / unit
+
+
+def _find_executable(name: str) -> str:
+    beside = Path(sys.executable).parent
+    for candidate in (beside / name, beside / f"{name}.exe"):
+        if candidate.is_file():
+            return str(candidate)
+    found = shutil.which(name)
+    if found is None:
+        raise OneShotError(
+            f"The command {name!r} is neither in {beside} nor on the path: install nnunetv2 and nnunet_oneshot into the "
+            f"Python environment that runs this program."
+        )
+    return found

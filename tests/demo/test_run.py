@@ -1,0 +1,54 @@
+"""The demonstration refuses folders that are not its own."""
+
+import json
+
+import pytest
+
+from nnunet_oneshot.demo.run import MARKER, run_demo
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation import commands
+
+
+def test_folder_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "nnUNet_raw").mkdir()
+    (tmp_path / "nnUNet_raw" / "data.txt").write_text("x")
+    with pytest.raises(OneShotError, match="nothing in it was touched"):
+        run_demo(tmp_path)
+    assert (tmp_path / "nnUNet_raw" / "data.txt").read_text() == "x"
+    assert not (tmp_path / MARKER).exists()
+
+
+def test_file_in_place_of_the_folder_is_an_error(tmp_path):
+    target = tmp_path / "out"
+    target.write_text("x")
+    with pytest.raises(OneShotError, match="is a file"):
+        run_demo(target)
+
+
+def test_failing_command_shows_the_end_of_its_output(tmp_path):
+    with pytest.raises(OneShotError, match="status 3.*\n.*the reason"):
+        commands.run_command(
+            ["python", "-c", "import sys; print('the reason'); sys.exit(3)"],
+            environment=commands.command_environment(),
+            log_file=tmp_path / "log.txt",
+        )
+
+
+def test_missing_command_is_named(tmp_path):
+    with pytest.raises(OneShotError, match="no_such_command_here"):
+        commands.run_command(["no_such_command_here"], environment={}, log_file=tmp_path / "log.txt")
+
+
+def test_command_reports_time_and_memory(tmp_path):
+    code = "import os, json; print(json.dumps(os.environ['nnUNet_raw']))"
+    environment = commands.command_environment(raw=tmp_path, variables={"nnUNet_n_proc_DA": "1"})
+    result = commands.run_command(["python", "-c", code], environment=environment, log_file=tmp_path / "log.txt")
+    assert json.loads((tmp_path / "log.txt").read_text()) == str(tmp_path)
+    assert result.seconds > 0 and result.peak_memory_mb > 1
+    assert environment["nnUNet_extTrainer"].endswith("ext_trainer")
+
+
+def test_existing_trainer_folders_are_kept(monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", "/somewhere/else")
+    first, ours = commands.command_environment()["nnUNet_extTrainer"].split(":")
+    assert first == "/somewhere/else" and ours.endswith("ext_trainer")

@@ -1,0 +1,256 @@
+"""The ``oneshot`` block of a plans file: every setting of this package, with its default, checked when it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnunet_oneshot.errors import OneShotError
+
+OVERRIDES_VARIABLE = "nnUNet_oneshot_overrides"
+BLOCK = "oneshot"
+
+
+@dataclass(frozen=True)
+class RegistrationConfig:
+    """How the atlas is registered to every unlabelled case.
+
+    Attributes:
+        method: ``"refine"`` (each pair optimised on its own), ``"network"`` (one network trained on all pairs) or
+            ``"network+refine"`` (the network's velocity field is the start of each pair's optimisation).
+        affine: Whether an affine registration comes first.
+        max_voxels: Largest number of voxels of the grid on which images are compared; larger atlases are downsampled.
+        similarity: ``"lncc"`` or ``"mse"``.
+        lncc_kernel: Edge of the LNCC window, voxels of the registration grid.
+        smoothness: Weight of the diffusion energy of the velocity field.
+        bending: Weight of the bending energy of the velocity field.
+        velocity_downsample: The velocity grid is this many times coarser than the registration grid.
+        integration_steps: Scaling-and-squaring steps.
+        refine_iterations: Adam steps of the per-pair optimisation at each resolution level, coarse to fine.
+        refine_learning_rate: Adam step size, voxels of the registration grid.
+        network_iterations: Training steps of the registration network.
+        network_batch_size: Pairs a step; the contrastive term needs at least 2.
+        network_learning_rate: Adam step size of the network.
+        contrastive: Weight of the contrastive term (NT-Xent) of the network.
+        temperature: Temperature of the contrastive term.
+    """
+
+    method: str = "refine"
+    affine: bool = True
+    max_voxels: int = 2_097_152
+    similarity: str = "lncc"
+    lncc_kernel: int = 7
+    smoothness: float = 1.0
+    bending: float = 0.0
+    velocity_downsample: int = 2
+    integration_steps: int = 5
+    refine_iterations: tuple[int, ...] = (60, 60, 30)
+    refine_learning_rate: float = 0.2
+    network_iterations: int = 1000
+    network_batch_size: int = 2
+    network_learning_rate: float = 1e-3
+    contrastive: float = 0.01
+    temperature: float = 0.1
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """How labelled patches are drawn from the atlas.
+
+    Attributes:
+        p_scale: Probability of scaling a registration's velocity field.
+        scale_range: Range of that factor.
+        p_mix: Probability of mixing in the velocity field of a second case.
+        mix_range: Range of the second field's share.
+        p_random: Probability of adding a smooth random velocity field.
+        random_magnitude: Largest standard deviation of the random field, atlas voxels.
+        random_smoothness: Smoothing of the random field, atlas voxels.
+        p_appearance: Probability of transferring the appearance of an unlabelled image.
+        appearance_strength: Range of the share that is transferred.
+        appearance_smoothness: Smoothing of the local appearance difference, voxels.
+    """
+
+    p_scale: float = 0.3
+    scale_range: tuple[float, float] = (0.6, 1.4)
+    p_mix: float = 0.3
+    mix_range: tuple[float, float] = (0.0, 1.0)
+    p_random: float = 0.5
+    random_magnitude: float = 2.0
+    random_smoothness: float = 6.0
+    p_appearance: float = 0.5
+    appearance_strength: tuple[float, float] = (0.0, 1.0)
+    appearance_smoothness: float = 5.0
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Losses of teacher and student (arXiv 2408.03616, section 1 of the design notes).
+
+    Attributes:
+        hint: ``"voxel"`` (cosine at every place after a learned projection of the student's features), ``"voxel_raw"``
+            (the same without projection), ``"global"`` (the paper's form: one cosine a level) or ``"none"``.
+        hint_weight: Weight of the hint (the paper's lambda_hint).
+        reconstruction_weight: Weight of the teacher's reconstruction (the paper's lambda_recon).
+        levels: Number of decoder levels compared, counted from full resolution.
+        warmup_epochs: Share of the epochs over which the hint's weight rises linearly from 0; the projections already
+            learn during it.
+        teacher_learning_rate: Initial learning rate of the teacher and of the projections (AdamW).
+        corruption: Share of the real patch that is masked before the teacher sees it, so that it cannot copy its input.
+        corruption_block: Edge of a masked block, voxels.
+    """
+
+    hint: str = "voxel"
+    hint_weight: float = 0.1
+    reconstruction_weight: float = 1.0
+    levels: int = 2
+    warmup_epochs: float = 0.2
+    teacher_learning_rate: float = 1e-3
+    corruption: float = 0.0
+    corruption_block: int = 8
+
+
+@dataclass(frozen=True)
+class OneShotConfig:
+    """All settings of a run; ``plans["oneshot"]`` is this dataclass as JSON.
+
+    Attributes:
+        version: Version of the block's layout.
+        atlases: Labelled cases to warp, or None: ``oneshot_atlas.json`` beside ``splits_final.json`` decides.
+        seed: Seed of synthesis, network initialisation and registration.
+        mirror_axes: ``"auto"`` (mirroring is left out on every axis on which it would exchange labels of the atlas) or
+            a list of patch axes that may be mirrored, in training and at test time.
+        progress_cases: Number of held-out cases on whose synthetic pairs progress is watched.
+        unlabelled_fraction: Share of the unlabelled training cases that is used.
+        registration: See `RegistrationConfig`.
+        synthesis: See `SynthesisConfig`.
+        distillation: See `DistillationConfig`.
+    """
+
+    version: int = 1
+    atlases: tuple[str, ...] | None = None
+    seed: int = 12345
+    mirror_axes: str | tuple[int, ...] = "auto"
+    progress_cases: int = 8
+    unlabelled_fraction: float = 1.0
+    registration: RegistrationConfig = field(default_factory=RegistrationConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+    @classmethod
+    def from_plans(cls, plans: dict[str, Any]) -> OneShotConfig:
+        """Reads and checks the block of a plans file, with the overrides of the environment merged in.
+
+        Args:
+            plans: A plans dictionary; without an ``oneshot`` block the defaults hold.
+
+        Raises:
+            OneShotError: A name, type or value in the block is not one this version knows.
+        """
+        block = dict(plans.get(BLOCK, {}))
+        where = f'the "{BLOCK}" block of plans {plans.get("plans_name", "")!r}'
+        overrides = os.environ.get(OVERRIDES_VARIABLE)
+        if overrides:
+            try:
+                parsed = json.loads(overrides)
+            except json.JSONDecodeError as error:
+                raise OneShotError(
+                    f"The environment variable {OVERRIDES_VARIABLE} is not valid JSON ({error}): set it to a JSON object "
+                    f'such as {{"seed": 1}}, or unset it.'
+                ) from error
+            block = _merge(block, parsed)
+            where += f" with {OVERRIDES_VARIABLE} merged in"
+        return _build(cls, block, where)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block as plain JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+_CHOICES = {
+    "method": ("refine", "network", "network+refine"),
+    "similarity": ("lncc", "mse"),
+    "hint": ("voxel", "voxel_raw", "global", "none"),
+}
+_PROBABILITIES = ("p_scale", "p_mix", "p_random", "p_appearance", "corruption", "unlabelled_fraction", "warmup_epochs")
+_NESTED = {
+    "registration": RegistrationConfig,
+    "synthesis": SynthesisConfig,
+    "distillation": DistillationConfig,
+}
+
+
+def _merge(block: dict[str, Any], overrides: Any) -> dict[str, Any]:
+    """A copy of ``block`` with ``overrides`` laid over it, nested objects merged."""
+    if not isinstance(overrides, dict):
+        raise OneShotError(f"{OVERRIDES_VARIABLE} holds {overrides!r}: expected a JSON object.")
+    merged = dict(block)
+    for key, value in overrides.items():
+        merged[key] = _merge(merged.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+def _build(cls: type, block: Any, where: str) -> Any:
+    """Builds a config dataclass from JSON, checking names, types and values."""
+    if not isinstance(block, dict):
+        raise OneShotError(f"{where} holds {block!r}: expected an object.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(block) - set(fields))
+    if unknown:
+        raise OneShotError(
+            f"{where} has unknown settings {unknown}: known are {sorted(fields)}. Remove or rename them in the plans file."
+        )
+    values = {}
+    for name, value in block.items():
+        if name in _NESTED:
+            values[name] = _build(_NESTED[name], value, f'"{name}" in {where}')
+        else:
+            values[name] = _checked(name, value, fields[name], where)
+    return cls(**values)
+
+
+def _checked(name: str, value: Any, spec: dataclasses.Field, where: str) -> Any:
+    """One setting, converted from JSON and checked against the type of its default and its allowed values."""
+
+    def fail(expected: str) -> OneShotError:
+        return OneShotError(f'"{name}" in {where} is {value!r}: expected {expected}. Correct it in the plans file.')
+
+    if name == "atlases":
+        if value is None:
+            return None
+        if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+            raise fail("null or a list of case names")
+        return tuple(value)
+    if name == "mirror_axes":
+        if value == "auto":
+            return value
+        if not isinstance(value, list) or not all(isinstance(v, int) and 0 <= v < 3 for v in value):
+            raise fail('"auto" or a list of axes such as [0, 1]')
+        return tuple(value)
+    if name == "version" and value != spec.default:
+        raise fail(f"{spec.default}, the layout this release reads")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise fail(f"one of {list(_CHOICES[name])}")
+    default = spec.default
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise fail("true or false")
+    elif isinstance(default, tuple):
+        if not isinstance(value, list) or not value or not all(_is_number(v) and v >= 0 for v in value):
+            raise fail(f"a list of numbers >= 0 such as {list(default)}")
+        return tuple(value)
+    elif isinstance(default, int):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise fail("a whole number >= 0")
+    elif isinstance(default, float):
+        if not _is_number(value) or value < 0:
+            raise fail("a number >= 0")
+        if name in _PROBABILITIES and value > 1:
+            raise fail("a number from 0 to 1")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,208 @@
+"""Pure tensor functions on grids, coordinates, displacements and velocity fields.
+
+Vocabulary:
+    voxel coordinates: float index coordinates in array axis order; the centre of the first voxel is 0.
+    displacement: (B, D, *grid), in voxels of a named grid, array axis order; a location p is read at p + u(p).
+    velocity: a stationary velocity field of the same layout; exp(v) is its flow at time 1.
+    warp: pull-back; the output at p is the input at phi(p).
+
+D is the number of spatial axes, 2 or 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.losses import BendingEnergyLoss, DiffusionLoss, LocalNormalizedCrossCorrelationLoss
+from torch import Tensor
+from torch.nn import functional as F
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def identity_grid(shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+    """Voxel coordinates of every voxel, (D, *shape) float32."""
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+
+def sample_at(volume: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """Reads a volume at voxel coordinates.
+
+    Args:
+        volume: (B, C, *in).
+        coordinates: (B, D, *out), voxel coordinates of ``volume``.
+        mode: ``"bilinear"`` (linear in every axis) or ``"nearest"``.
+        padding: Outside the volume: ``"border"`` (nearest voxel) or ``"zeros"``.
+
+    Returns:
+        (B, C, *out).
+    """
+    dim = coordinates.shape[1]
+    sizes = torch.tensor(volume.shape[2:], dtype=coordinates.dtype, device=coordinates.device)
+    scale = (2.0 / sizes).view(1, dim, *[1] * dim)
+    normalised = (coordinates + 0.5) * scale - 1.0
+    grid = normalised.flip(1).movedim(1, -1)
+    return F.grid_sample(volume, grid.to(volume.dtype), mode=mode, padding_mode=padding, align_corners=False)
+
+
+def transform_points(affine: Tensor, points: Tensor) -> Tensor:
+    """Applies a homogeneous affine.
+
+    Args:
+        affine: (D + 1, D + 1) or (B, D + 1, D + 1), acting on voxel coordinates.
+        points: (B, D, *out).
+
+    Returns:
+        (B, D, *out).
+    """
+    if affine.ndim == 2:
+        affine = affine[None].expand(points.shape[0], -1, -1)
+    dim = points.shape[1]
+    flat = points.reshape(points.shape[0], dim, -1)
+    moved = affine[:, :dim, :dim] @ flat + affine[:, :dim, dim:]
+    return moved.reshape(points.shape)
+
+
+def resize(field: Tensor, shape: Sequence[int]) -> Tensor:
+    """Linear resize of (B, C, *grid) to (B, C, *shape) with both grids covering the same field of view; values stay."""
+    if tuple(field.shape[2:]) == tuple(shape):
+        return field
+    return F.interpolate(field, size=tuple(shape), mode=_LINEAR[field.ndim - 2], align_corners=False)
+
+
+def scale_vectors(field: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
+    """Vectors (B, D, *any) in voxels of a grid of shape ``source``, in voxels of a grid of shape ``target`` over the
+    same field of view."""
+    factors = [t / s for s, t in zip(source, target, strict=True)]
+    return field * torch.tensor(factors, dtype=field.dtype, device=field.device).view(1, -1, *[1] * (field.ndim - 2))
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """Displacement of the map p -> q = p + second(p) -> q + first(q), all (B, D, *grid) in voxels of the grid."""
+    points = identity_grid(first.shape[2:], device=first.device)[None] + second
+    return second + sample_at(first, points)
+
+
+def integrate_velocity(velocity: Tensor, *, steps: int = 5) -> Tensor:
+    """Displacement of exp(velocity) by scaling and squaring (Arsigny et al., MICCAI 2006).
+
+    Args:
+        velocity: (B, D, *grid), voxels of the grid.
+        steps: Number of squarings.
+
+    Returns:
+        Displacement (B, D, *grid), voxels of the grid.
+    """
+    displacement = velocity / 2**steps
+    for _ in range(steps):
+        displacement = compose(displacement, displacement)
+    return displacement
+
+
+def integrate_on(velocity: Tensor, shape: Sequence[int], *, steps: int = 5) -> Tensor:
+    """Displacement of exp(velocity) where the velocity lies on a coarser grid over the same field of view.
+
+    Args:
+        velocity: (B, D, *coarse), voxels of the grid of shape ``shape``.
+        shape: The grid whose voxels are the unit, and on which the displacement is wanted.
+        steps: Number of squarings.
+
+    Returns:
+        Displacement (B, D, *shape), voxels of the grid of shape ``shape``.
+    """
+    coarse = velocity.shape[2:]
+    displacement = integrate_velocity(scale_vectors(velocity, shape, coarse), steps=steps)
+    return resize(scale_vectors(displacement, coarse, shape), shape)
+
+
+def warp(volume: Tensor, displacement: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """Pull-back of (B, C, *grid) by a displacement (B, D, *grid) in voxels of the same grid."""
+    points = identity_grid(displacement.shape[2:], device=displacement.device)[None] + displacement
+    return sample_at(volume, points, mode=mode, padding=padding)
+
+
+def jacobian_determinant(displacement: Tensor) -> Tensor:
+    """Determinant of the Jacobian of p + u(p) by central differences.
+
+    Args:
+        displacement: (B, D, *grid), voxels of the grid; every axis has at least 2 voxels.
+
+    Returns:
+        (B, *grid); values <= 0 are folds.
+    """
+    dim = displacement.shape[1]
+    columns = torch.gradient(displacement, dim=tuple(range(2, 2 + dim)))
+    jacobian = torch.stack(columns, dim=2).movedim((1, 2), (-2, -1))
+    return torch.linalg.det(jacobian.float() + torch.eye(dim, device=displacement.device))
+
+
+def folding(displacement: Tensor) -> Tensor:
+    """Share of voxels whose Jacobian determinant is <= 0, (B,)."""
+    return (jacobian_determinant(displacement) <= 0).flatten(1).float().mean(1)
+
+
+def similarity_loss(
+    warped: Tensor, fixed: Tensor, mask: Tensor | None = None, *, similarity: str = "lncc", kernel: int = 7
+) -> Tensor:
+    """Dissimilarity of two images, computed in float32; smaller is more alike.
+
+    Args:
+        warped: (B, C, *grid).
+        fixed: (B, C, *grid).
+        mask: (B, 1, *grid), 1 where ``fixed`` was observed; places outside do not count.
+        similarity: ``"lncc"`` (squared local normalised cross-correlation, -1 is best) or ``"mse"``.
+        kernel: Edge of the LNCC window, voxels; made odd and no longer than the shortest axis.
+
+    Returns:
+        Scalar, mean over batch and channels.
+    """
+    warped, fixed = warped.float(), fixed.float()
+    dim = fixed.ndim - 2
+    if similarity == "mse":
+        values = (warped - fixed) ** 2
+    else:
+        window = min([kernel, *fixed.shape[2:]])
+        window -= 1 - window % 2
+        loss = LocalNormalizedCrossCorrelationLoss(
+            spatial_dims=dim, kernel_size=max(window, 3), smooth_nr=0.0, smooth_dr=1e-3, reduction="none"
+        )
+        flat = (-1, 1, *fixed.shape[2:])
+        values = loss(warped.reshape(flat), fixed.reshape(flat)).reshape(fixed.shape)
+    if mask is None:
+        return values.mean()
+    mask = mask.float().expand_as(values)
+    return (values * mask).sum() / mask.sum().clamp_min(1.0)
+
+
+def diffusion_energy(velocity: Tensor) -> Tensor:
+    """Mean squared first derivative of a field (B, D, *grid), by MONAI's ``DiffusionLoss``."""
+    return DiffusionLoss()(velocity)
+
+
+def bending_energy(velocity: Tensor) -> Tensor:
+    """Mean squared second derivative of a field (B, D, *grid), by MONAI's ``BendingEnergyLoss``."""
+    return BendingEnergyLoss()(velocity)
+
+
+def contrastive_loss(atlas_features: Tensor, case_features: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """NT-Xent between pooled features of the atlas and of the cases of a batch (arXiv 2408.03616, registration).
+
+    For case i the positive is its atlas; the negatives are the other cases of the batch.
+
+    Args:
+        atlas_features: (B, F) features of the atlas of each pair.
+        case_features: (B, F) features of the case of each pair.
+        temperature: Softmax temperature.
+
+    Returns:
+        Scalar; 0 for a batch of one pair, which has no negatives.
+    """
+    atlas_features = F.normalize(atlas_features.float(), dim=1)
+    case_features = F.normalize(case_features.float(), dim=1)
+    positive = (atlas_features * case_features).sum(1, keepdim=True)
+    negatives = case_features @ case_features.T
+    others = ~torch.eye(len(negatives), dtype=torch.bool, device=negatives.device)
+    logits = torch.cat([positive, negatives[others].reshape(len(negatives), -1)], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))

@@ -175,6 +175,7 @@ _CHOICES = {
     "hint": ("voxel", "voxel_raw", "global", "none"),
 }
 _PROBABILITIES = ("p_scale", "p_mix", "p_random", "p_appearance", "corruption", "unlabelled_fraction", "warmup_epochs")
+_AT_LEAST_ONE = ("corruption_block",)
 _NESTED = {
     "registration": RegistrationConfig,
     "synthesis": SynthesisConfig,
@@ -244,6 +245,8 @@ def _checked(name: str, value: Any, spec: dataclasses.Field, where: str) -> Any:
     elif isinstance(default, int):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise fail("a whole number >= 0")
+        if name in _AT_LEAST_ONE and value < 1:
+            raise fail("a whole number >= 1")
     elif isinstance(default, float):
         if not _is_number(value) or value < 0:
             raise fail("a number >= 0")

@@ -1,0 +1,121 @@
+"""Losses of teacher and student, and the corruption of the teacher's input, as pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+_EPS = 1e-8
+
+
+def global_cosine_hint(
+    student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    r"""One minus one cosine for each sample, the hint of arXiv 2408.03616.
+
+    .. math:: \frac{1}{B} \sum_b w_b \left(1 - \cos(S_b, T_b)\right), \quad S_b, T_b \in R^{C \cdot \prod spatial}
+
+    Computed in float32. The teacher is detached: no gradient reaches it.
+
+    Args:
+        student: Features ``(B, C, *spatial)``.
+        teacher: Features of the same shape.
+        weight: Weight of each sample ``(B,)``, not normalised; default 1.
+
+    Returns:
+        A scalar from 0 (same direction) to 2 (opposite).
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _check_same_shape(student, teacher)
+    student, teacher = student.float(), teacher.detach().float()
+    cosine = F.cosine_similarity(student.flatten(1), teacher.flatten(1), dim=1, eps=_EPS)
+    return _weighted_mean(1 - cosine, weight)
+
+
+def voxel_cosine_hint(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    r"""One minus the cosine over the channels at every place, averaged over places.
+
+    .. math:: \frac{1}{B} \sum_b w_b \frac{1}{|\Omega|} \sum_{p \in \Omega} \left(1 - \cos(S_b(p), T_b(p))\right)
+
+    Every place counts alike, whatever the size of its features; in `global_cosine_hint` few large ones decide.
+    Computed in float32. The teacher is detached: no gradient reaches it.
+
+    Args:
+        student: Features ``(B, C, *spatial)``.
+        teacher: Features of the same shape.
+        weight: Weight of each sample ``(B,)``, not normalised; default 1.
+
+    Returns:
+        A scalar from 0 (same direction everywhere) to 2 (opposite everywhere).
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _check_same_shape(student, teacher)
+    cosine = F.cosine_similarity(student.float(), teacher.detach().float(), dim=1, eps=_EPS)
+    return _weighted_mean((1 - cosine).flatten(1).mean(1), weight)
+
+
+def reconstruction_loss(reconstruction: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Mean squared error in float32 between a reconstruction and the image ``(B, C, *spatial)``.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _check_same_shape(reconstruction, image)
+    return F.mse_loss(reconstruction.float(), image.detach().float())
+
+
+def mask_patches(
+    image: torch.Tensor, *, share: float, block: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Sets randomly chosen blocks of an image to the mean of their sample and channel.
+
+    The teacher has skip connections and can copy what it sees; what is masked it has to infer from its surroundings.
+
+    Args:
+        image: ``(B, C, *spatial)``, two or three spatial axes.
+        share: Share of the blocks that is masked, 0 to 1, the same number in every sample.
+        block: Edge of a block, voxels; blocks at the upper borders may be cut off.
+        generator: Source of the choice; default torch's own.
+
+    Returns:
+        A masked copy, or ``image`` itself where no block is to be masked.
+    """
+    spatial = image.shape[2:]
+    grid = [-(-size // block) for size in spatial]
+    scores = torch.rand((image.shape[0], *grid), generator=generator, device=image.device)
+    number = round(share * scores[0].numel())
+    if number == 0:
+        return image
+    chosen = scores.flatten(1).topk(number, dim=1).indices
+    mask = torch.zeros_like(scores).flatten(1).scatter_(1, chosen, 1.0).view(image.shape[0], 1, *grid).bool()
+    for axis, size in enumerate(spatial, start=2):
+        mask = mask.repeat_interleave(block, dim=axis).narrow(axis, 0, size)
+    mean = image.mean(dim=tuple(range(2, image.ndim)), keepdim=True)
+    return torch.where(mask, mean, image)
+
+
+def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """The same values, with the gradient that flows back multiplied by ``factor``; 0 cuts it off."""
+    if factor == 0 or not x.requires_grad:
+        return x.detach()
+    scaled = x.view_as(x)
+    scaled.register_hook(lambda gradient: gradient * factor)
+    return scaled
+
+
+def _weighted_mean(per_sample: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Mean of ``(B,)`` losses, each multiplied by its weight."""
+    if weight is None:
+        return per_sample.mean()
+    if weight.shape != per_sample.shape:
+        raise ValueError(f"Expected one weight for each of {len(per_sample)} samples, got {tuple(weight.shape)}.")
+    return (per_sample * weight.to(per_sample)).mean()
+
+
+def _check_same_shape(first: torch.Tensor, second: torch.Tensor) -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"Expected two tensors of one shape, got {tuple(first.shape)} and {tuple(second.shape)}.")

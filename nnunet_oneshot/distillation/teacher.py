@@ -1,0 +1,129 @@
+"""The teacher network, the projections of the student's features, and the losses between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import nn
+
+from nnunet_oneshot.config import DistillationConfig
+from nnunet_oneshot.distillation.features import decoder_features, feature_channels
+from nnunet_oneshot.distillation.functional import (
+    global_cosine_hint,
+    mask_patches,
+    reconstruction_loss,
+    scale_gradient,
+    voxel_cosine_hint,
+)
+
+_HINTS = {"voxel": voxel_cosine_hint, "voxel_raw": voxel_cosine_hint, "global": global_cosine_hint}
+
+
+def build_teacher(configuration_manager: ConfigurationManager, num_channels: int) -> nn.Module:
+    """The plan's network with the image channels as output and no deep supervision.
+
+    Args:
+        configuration_manager: Configuration of the plans that the student is built from.
+        num_channels: Number of image channels, both in and out.
+    """
+    return get_network_from_plans(
+        configuration_manager.network_arch_class_name,
+        configuration_manager.network_arch_init_kwargs,
+        configuration_manager.network_arch_init_kwargs_req_import,
+        num_channels,
+        num_channels,
+        allow_init=True,
+        deep_supervision=False,
+    )
+
+
+class FeatureProjection(nn.Module):
+    """Maps the student's features of one level to the teacher's: two 1x1 convolutions with a LeakyReLU between.
+
+    The student keeps features that segmentation needs and reconstruction does not: only their projection has to agree
+    with the teacher. It is used in training alone.
+
+    Args:
+        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``, the network's own.
+        channels: Channels of student and teacher at this level.
+    """
+
+    def __init__(self, conv_op: type[nn.Module], channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            conv_op(channels, channels, 1), nn.LeakyReLU(inplace=True), conv_op(channels, channels, 1)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.layers(features)
+
+
+class Distiller(nn.Module):
+    """Teacher, projections and the losses they take part in; nothing of it is needed after training.
+
+    The hint moves the student and the projections, the reconstruction moves the teacher: neither gradient reaches the
+    other's side.
+
+    Args:
+        teacher: Network of `build_teacher`.
+        config: Form of the hint, number of levels (at most those the decoder has) and corruption.
+        features: How outputs and features are computed; `decoder_features` or a compiled form of it.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, config: DistillationConfig, *, features: Callable = decoder_features
+    ) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.config = config
+        self._features = features
+        channels = feature_channels(teacher)[: config.levels]
+        conv_op = teacher.encoder.conv_op
+        self.projections = nn.ModuleList(
+            FeatureProjection(conv_op, number) if config.hint == "voxel" else nn.Identity() for number in channels
+        )
+
+    def hint_weight(self, progress: float) -> float:
+        """Weight of the hint after a share ``progress`` (0 to 1) of the epochs: a linear rise, then constant."""
+        if progress >= self.config.warmup_epochs:
+            return self.config.hint_weight
+        return self.config.hint_weight * progress / self.config.warmup_epochs
+
+    def forward(
+        self,
+        student: Sequence[torch.Tensor],
+        real: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        *,
+        hint_weight: float,
+    ) -> dict[str, torch.Tensor]:
+        """The losses of one batch, to be added to the segmentation loss as they are.
+
+        ``hint_weight`` multiplies the gradient that reaches the student rather than the loss, so that the projections
+        learn at full strength while the student is still left alone: when the weight rises, they are not random.
+
+        Args:
+            student: The student's features on the synthetic patch, full resolution first.
+            real: The real patch ``(B, C, *spatial)`` aligned with it.
+            weight: Trust in each sample's alignment ``(B,)``; it weighs the hint, not the reconstruction.
+            hint_weight: Weight of the hint for the student (the paper's lambda_hint).
+
+        Returns:
+            ``"hint"``: sum over the levels, as in the paper, at weight 1.
+            ``"reconstruction"``: mean squared error times the configured weight (lambda_recon).
+        """
+        config = self.config
+        seen = mask_patches(real, share=config.corruption, block=config.corruption_block) if config.corruption else real
+        reconstruction, teacher = self._features(self.teacher, seen)
+        losses = {
+            "hint": real.new_zeros(()),
+            "reconstruction": config.reconstruction_weight * reconstruction_loss(reconstruction, real),
+        }
+        if config.hint != "none":
+            for projection, own, other in zip(self.projections, student, teacher, strict=False):
+                projected = projection(scale_gradient(own, hint_weight))
+                losses["hint"] = losses["hint"] + _HINTS[config.hint](projected, other, weight)
+        return losses

@@ -1,0 +1,146 @@
+"""Files that are either complete or absent, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunet_oneshot.errors import OneShotError
+
+
+@contextmanager
+def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside ``target`` that takes its place when the block ends without an error.
+
+    Args:
+        target: The file to write. Its folder must exist.
+
+    Yields:
+        The path to write to. It has the suffixes of ``target``, since many writers choose a format by them.
+    """
+    target = Path(target)
+    handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + target.name, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; a shared dataset folder needs the usual permissions.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """An empty temporary folder beside ``target`` that takes its place when the block ends without an error.
+
+    Args:
+        target: The folder to write; an existing one is replaced as a whole, and kept when the block fails.
+
+    Yields:
+        The folder to write to.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".partial-{target.name}")
+    previous = target.with_name(f".previous-{target.name}")
+    for leftover in (temporary, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            os.replace(target, previous)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def save_json_atomic(content: Any, target: str | os.PathLike, *, sort_keys: bool = False) -> None:
+    """Writes ``content`` as indented JSON; ``target`` is never seen half-written.
+
+    Raises:
+        OneShotError: The folder cannot be written to.
+    """
+    with writing(target), atomic_path(target) as temporary:
+        temporary.write_text(json.dumps(content, indent=4, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
+def load_json_checked(path: str | os.PathLike, what: str) -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: The file.
+        what: What the file is, for the error, such as ``"the plans file"``.
+
+    Raises:
+        OneShotError: The file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OneShotError(f"{_sentence(what)} {path} does not exist.") from error
+    except OSError as error:
+        raise OneShotError(f"{_sentence(what)} {path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise OneShotError(
+            f"{_sentence(what)} {path} is not valid JSON ({error}): mend it in an editor, or delete it if a command "
+            f"of this package wrote it, and run that command again."
+        ) from error
+
+
+@contextmanager
+def writing(target: str | os.PathLike) -> Iterator[None]:
+    """Turns an operating system's refusal to write into an `OneShotError` that names the path.
+
+    Args:
+        target: The file or folder being written, named when the error itself names none.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or target
+        raise OneShotError(
+            f"Cannot write {path} ({error.strerror or error}): the folder must exist, be writable and have space left. "
+            f"Free space, change its permissions, or point nnU-Net's environment variables at another folder."
+        ) from error
+
+
+_EXPLANATIONS = {
+    "nnUNet_raw": "the folder that holds the raw datasets (DatasetXXX_Name)",
+    "nnUNet_preprocessed": "the folder for preprocessed data",
+    "nnUNet_results": "the folder for trained models",
+}
+
+
+def require_env(*names: str) -> tuple[Path, ...]:
+    """The folders that nnU-Net's environment variables name.
+
+    Args:
+        *names: Variables such as ``"nnUNet_raw"``.
+
+    Returns:
+        One path for each name.
+
+    Raises:
+        OneShotError: A variable is unset or empty.
+    """
+    unset = [name for name in names if not os.environ.get(name)]
+    if unset:
+        listed = "; ".join(f"{name} ({_EXPLANATIONS[name]})" if name in _EXPLANATIONS else name for name in unset)
+        example = f"export {unset[0]}=/path/to/{unset[0]}"
+        raise OneShotError(f"Environment variables are not set: {listed}. Set them first, for example: {example}")
+    return tuple(Path(os.environ[name]) for name in names)
+
+
+def _sentence(what: str) -> str:
+    return what[:1].upper() + what[1:]

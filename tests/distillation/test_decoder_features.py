@@ -24,7 +24,7 @@ def test_outputs_equal_the_forward_pass(architecture, dim, deep_supervision):
     outputs, _ = decoder_features(network, x)
     if deep_supervision:
         assert len(outputs) == len(expected)
-        assert all(torch.equal(a, b) for a, b in zip(outputs, expected))
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
     else:
         assert torch.equal(outputs, expected)
 

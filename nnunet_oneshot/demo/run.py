@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nnunet_oneshot.demo.phantoms import write_phantom_dataset
+from nnunet_oneshot.demo.report import write_report
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.commands import CommandResult, command_environment, run_command
 
@@ -47,8 +48,6 @@ def run_demo(
     Raises:
         OneShotError: ``out`` holds something else, or a command failed.
     """
-    from nnunet_oneshot.demo.report import write_report
-
     out = Path(out).absolute()
     _claim(out)
     start = time.monotonic()
@@ -73,9 +72,18 @@ def run_demo(
         )
         log(f"  done in {result.seconds:.0f} s")
         done.append(result)
-    report = write_report(out, raw=raw, trainer=trainer, commands=done, seconds=time.monotonic() - start)
-    log(f"Mean Dice on the test phantoms: student {report['mean_dice']['student']:.3f}, ")
-    log(f"label propagation {report['mean_dice']['propagation']:.3f}. Report: {out / 'report.html'}")
+    report = write_report(
+        out,
+        raw=raw,
+        preprocessed=out / "nnUNet_preprocessed" / DATASET,
+        model=out / "nnUNet_results" / DATASET / f"{trainer}__{PLANS}__{CONFIGURATION}" / "fold_0",
+        trainer=trainer,
+        commands=done,
+        seconds=time.monotonic() - start,
+    )
+    mean = report["mean_dice"]
+    log(f"Mean Dice on the test phantoms: student {mean['student']:.3f}, label propagation {mean['propagation']:.3f}")
+    log(f"Report: {out / 'report.html'}")
     return report
 
 

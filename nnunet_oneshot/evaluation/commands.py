@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nnunet_oneshot
+from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 from nnunet_oneshot.errors import OneShotError
 
 _TAIL_LINES = 25
@@ -52,9 +52,7 @@ def command_environment(
     for name, folder in (("nnUNet_raw", raw), ("nnUNet_preprocessed", preprocessed), ("nnUNet_results", results)):
         if folder is not None:
             environment[name] = str(Path(folder).absolute())
-    ours = str(Path(nnunet_oneshot.__file__).parent / "ext_trainer")
-    listed = [p for p in environment.get("nnUNet_extTrainer", "").split(os.pathsep) if p]
-    environment["nnUNet_extTrainer"] = os.pathsep.join(listed if ours in listed else [*listed, ours])
+    environment[VARIABLE] = ext_trainer_value(environment.get(VARIABLE))
     environment["PYTHONUNBUFFERED"] = "1"
     environment.update(variables or {})
     return environment

@@ -50,6 +50,44 @@ def _add_env(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_env)
 
 
+def _export(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.export import export_model
+
+    export_model(
+        dataset=options.d,
+        configuration=options.c,
+        plans_name=options.p,
+        trainer=options.tr,
+        folds=options.f,
+        images=options.i,
+        out=options.o,
+        device=options.device,
+    )
+
+
+def _add_export(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "export",
+        help="write a trained model that stock nnU-Net predicts with",
+        description="Writes a trained model under the name of stock nnU-Net's trainer, for use where this package is "
+        "not installed, and checks that it predicts what the original predicts.",
+    )
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
+    parser.add_argument("-p", required=True, metavar="PLANS", help="name of the plans")
+    parser.add_argument("-tr", required=True, metavar="TRAINER", help="the trainer the model was trained with")
+    parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds to export (default: every finished one)")
+    parser.add_argument(
+        "-o",
+        required=True,
+        metavar="OUT",
+        help="the model folder to make, or a .zip for nnUNetv2_install_pretrained_model_from_zip",
+    )
+    parser.add_argument("-i", metavar="FOLDER", help="images on which both models are compared (default: generated)")
+    parser.add_argument("--device", default="cpu", help="where the comparison runs (default: cpu)")
+    parser.set_defaults(run=_export)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command, one subparser for each subcommand."""
     parser = argparse.ArgumentParser(
@@ -60,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(subparsers)
     _add_env(subparsers)
+    _add_export(subparsers)
     return parser
 
 

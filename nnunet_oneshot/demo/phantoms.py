@@ -30,7 +30,7 @@ _BOX = 56.0
 def write_phantom_dataset(
     folder: str | Path, *, training_cases: int = 14, test_cases: int = 5, labelled: int = 1, seed: int = 2024
 ) -> None:
-    """Writes a raw nnU-Net dataset of phantoms: ``imagesTr``, ``labelsTr``, ``imagesTs``, ``labelsTs``, ``dataset.json``.
+    """Writes a raw nnU-Net dataset of phantoms, with ``imagesTs`` and ``labelsTs`` beside the training folders.
 
     Args:
         folder: Dataset folder, named as nnU-Net wants it (``Dataset999_Phantoms``); it must not exist or be empty.
@@ -51,9 +51,7 @@ def write_phantom_dataset(
         rng = np.random.default_rng([seed, index])
         image, label, origin = make_phantom(rng)
         is_test = index >= training_cases
-        part, case = ("Ts", f"phantom_{index:03d}")
-        if not is_test:
-            part = "Tr"
+        part, case = "Ts" if is_test else "Tr", f"phantom_{index:03d}"
         _write(image, origin, folder / f"images{part}" / f"{case}_0000.nii.gz")
         if is_test or index < labelled:
             _write(label, origin, folder / f"labels{part}" / f"{case}.nii.gz")
@@ -79,7 +77,7 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
     """
     shape = np.array(SHAPE) + rng.integers(-3, 4, size=3)
     centre_of_view = rng.normal(0, 2.0, size=3)
-    axes = [(np.arange(n) - (n - 1) / 2) * SPACING + c for n, c in zip(shape, centre_of_view)]
+    axes = [(np.arange(n) - (n - 1) / 2) * SPACING + c for n, c in zip(shape, centre_of_view, strict=True)]
     world = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     anatomy = _warp(_pose(world, rng), rng)
 

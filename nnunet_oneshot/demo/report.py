@@ -1,4 +1,4 @@
-"""The demonstration's page: numbers, pictures, commands and times, in one HTML file, with the same as Markdown and JSON."""
+"""The demonstration's page: numbers, pictures, commands and times in one HTML file; the same as Markdown and JSON."""
 
 from __future__ import annotations
 

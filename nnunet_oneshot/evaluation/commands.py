@@ -116,7 +116,7 @@ def _find_executable(name: str) -> str:
     found = shutil.which(name)
     if found is None:
         raise OneShotError(
-            f"The command {name!r} is neither in {beside} nor on the path: install nnunetv2 and nnunet_oneshot into the "
-            f"Python environment that runs this program."
+            f"The command {name!r} is neither in {beside} nor on the path: install nnunetv2 and nnunet_oneshot into "
+            f"the Python environment that runs this program."
         )
     return found

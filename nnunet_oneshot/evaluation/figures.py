@@ -47,7 +47,7 @@ def example_figure(path: str | Path, examples: Sequence[Example], *, label_names
     figure, axes = plt.subplots(
         len(examples), columns, figsize=(2.7 * columns, 2.8 * len(examples) + 0.5), squeeze=False
     )
-    for row, example in zip(axes, examples):
+    for row, example in zip(axes, examples, strict=True):
         index = _slice_with_most_labels(next(iter(example.segmentations.values())))
         aspect = example.spacing[1] / example.spacing[2]
         picture = example.image[index]
@@ -58,7 +58,7 @@ def example_figure(path: str | Path, examples: Sequence[Example], *, label_names
             axis.set_yticks([])
         row[0].set_ylabel(example.title, fontsize=8)
         row[0].set_title("image", fontsize=8)
-        for axis, (title, segmentation) in zip(row[1:], example.segmentations.items()):
+        for axis, (title, segmentation) in zip(row[1:], example.segmentations.items(), strict=False):
             axis.set_title(title, fontsize=8)
             draw_contours(axis, segmentation[index], label_names)
     handles = [Line2D([], [], color=label_colour(i), label=name) for i, name in enumerate(label_names.values())]
@@ -100,7 +100,7 @@ def box_plot_per_label(
         rows, columns, figsize=(max(3.0, 0.55 * len(methods) + 1) * columns, 3.4 * rows), squeeze=False
     )
     generator = np.random.default_rng(0)
-    for axis, (label, per_method) in zip(axes.flat, scores.items()):
+    for axis, (label, per_method) in zip(axes.flat, scores.items(), strict=False):
         for place, method in enumerate(methods):
             values = np.asarray(per_method.get(method, ()), dtype=float)
             values = values[np.isfinite(values)]

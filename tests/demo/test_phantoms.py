@@ -30,7 +30,7 @@ def test_left_and_right_lobes_lie_on_their_sides():
 
 
 def test_cases_differ_in_shape_and_contrast():
-    images, labels, _ = zip(*[make_phantom(np.random.default_rng(seed)) for seed in range(5)])
+    images, labels, _ = zip(*[make_phantom(np.random.default_rng(seed)) for seed in range(5)], strict=True)
     assert len({image.shape for image in images}) > 1
     volumes = np.array([(label == LABELS["core"]).sum() for label in labels])
     assert volumes.std() / volumes.mean() > 0.05

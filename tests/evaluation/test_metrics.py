@@ -21,9 +21,8 @@ def box(*slices, shape=SHAPE):
 
 def independent_surface_scores(prediction, reference, spacing, tolerance):
     """HD95 and NSD from all pairwise distances between border voxels."""
-    borders = [
-        np.argwhere(m & ~binary_erosion(np.pad(m, 1))[(slice(1, -1),) * m.ndim]) for m in (prediction, reference)
-    ]
+    padded = [np.pad(mask, 1) for mask in (prediction, reference)]
+    borders = [np.argwhere(mask & ~binary_erosion(mask)) for mask in padded]
     distances = cdist(*[b * np.asarray(spacing) for b in borders])
     forth, back = distances.min(axis=1), distances.min(axis=0)
     hd95 = max(np.percentile(forth, 95), np.percentile(back, 95))

@@ -1,0 +1,244 @@
+"""Writes a trained model as one of stock nnU-Net, which predicts with it where this package is not installed.
+
+The student is the plan's own network, so only the names change: checkpoints say ``nnUNetTrainer`` and hold what
+prediction reads (weights, configuration, mirroring axes); teacher and optimiser stay behind, plans stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation.prepared import dataset_name
+from nnunet_oneshot.io import load_json_checked, require_env, writing
+
+STOCK_TRAINER = "nnUNetTrainer"
+CHECKPOINT = "checkpoint_final.pth"
+# Two runs of the same network on the same device differ by rounding at most.
+_TOLERANCE = 1e-3
+
+
+def export_model(
+    *,
+    dataset: str,
+    configuration: str,
+    plans_name: str,
+    trainer: str,
+    out: str | Path,
+    folds: Sequence[str] | None = None,
+    images: str | Path | None = None,
+    device: str = "cpu",
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Exports a trained model and checks that it predicts what the original predicts.
+
+    Args:
+        dataset: Name or number of the dataset.
+        configuration: Such as ``3d_fullres``.
+        plans_name: Such as ``nnUNetOneShotPlans``.
+        trainer: Name of the trainer the model was trained with.
+        out: A path ending in ``.zip`` (written so that ``nnUNetv2_install_pretrained_model_from_zip`` installs it), or
+            the model folder to be made; in an existing folder, ``nnUNetTrainer__PLANS__CONFIGURATION`` is made.
+        folds: Folds to export; None is every finished one.
+        images: Folder of images in nnU-Net's naming on which the models are compared; None is a generated image.
+        device: Where the comparison runs.
+        log: Receives each line that is shown.
+
+    Returns:
+        The folder or zip file that was written.
+
+    Raises:
+        OneShotError: There is no such trained model, the target exists, or the predictions differ.
+    """
+    (results,) = require_env("nnUNet_results")
+    name = dataset_name(dataset)
+    source = _trained_model(results / name, f"{trainer}__{plans_name}__{configuration}")
+    folds = _finished_folds(source, folds)
+    stock_name = f"{STOCK_TRAINER}__{plans_name}__{configuration}"
+    out = Path(out).absolute()
+    as_zip = out.suffix == ".zip"
+    target = out / stock_name if out.is_dir() and not as_zip else out
+    if target.exists():
+        raise OneShotError(f"{target} exists already and is not overwritten: give -o another path.")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        working = Path(tempfile.mkdtemp(prefix=".partial-export-", dir=target.parent))
+    try:
+        model = working / name / stock_name
+        with writing(target):
+            _write_model(source, model, folds=folds, configuration=configuration)
+            cases = _compare(source, model, folds=folds, images=images, device=device)
+            if as_zip:
+                _zip(working / name, working / "model.zip")
+                os.replace(working / "model.zip", target)
+            else:
+                os.replace(model, target)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    log(f"Predictions of the exported and the original model agree on {cases}.")
+    if as_zip:
+        log(f"Wrote {target}. Install it with: nnUNetv2_install_pretrained_model_from_zip {target}")
+    else:
+        shown = " ".join(folds)
+        log(f"Wrote {target}. Predict with: nnUNetv2_predict_from_modelfolder -i IN -o OUT -m {target} -f {shown}")
+    return target
+
+
+def _trained_model(folder: Path, name: str) -> Path:
+    if (folder / name).is_dir():
+        return folder / name
+    present = sorted(p.name for p in folder.glob("*__*__*")) if folder.is_dir() else []
+    raise OneShotError(
+        f"There is no trained model {name} in {folder}. Found: {present or 'none'}. Check -tr, -p and -c, or train it "
+        f"with nnUNetv2_train."
+    )
+
+
+def _finished_folds(source: Path, folds: Sequence[str] | None) -> list[str]:
+    finished = sorted(p.parent.name.removeprefix("fold_") for p in source.glob(f"fold_*/{CHECKPOINT}"))
+    if folds is None:
+        # nnU-Net's own choice too: a model trained on all cases is another model, not another fold.
+        folds = [fold for fold in finished if fold != "all"] or finished
+    missing = sorted(set(folds) - set(finished))
+    if missing or not folds:
+        raise OneShotError(
+            f"{source} has no finished training ({CHECKPOINT}) for fold {', '.join(missing) or '0'}; finished: "
+            f"{finished or 'none'}. Finish it with nnUNetv2_train, or give -f the finished folds."
+        )
+    return list(folds)
+
+
+def _write_model(source: Path, model: Path, *, folds: Sequence[str], configuration: str) -> None:
+    plans = load_json_checked(source / "plans.json", "the model's plans")
+    dataset_json = load_json_checked(source / "dataset.json", "the model's dataset description")
+    for fold in folds:
+        checkpoint = _load_checkpoint(source / f"fold_{fold}" / CHECKPOINT)
+        # Built from plain types: an object of this package in the file could not be read without the package.
+        stock = {
+            "network_weights": checkpoint["network_weights"],
+            "trainer_name": STOCK_TRAINER,
+            "init_args": {
+                "plans": plans,
+                "configuration": configuration,
+                "fold": fold if fold == "all" else int(fold),
+                "dataset_json": dataset_json,
+                "device": "cpu",
+            },
+            "inference_allowed_mirroring_axes": checkpoint.get("inference_allowed_mirroring_axes"),
+            "current_epoch": checkpoint["current_epoch"],
+        }
+        folder = model / f"fold_{fold}"
+        folder.mkdir(parents=True)
+        torch.save(stock, folder / CHECKPOINT)
+    for name in ("plans.json", "dataset.json", "dataset_fingerprint.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, model / name)
+
+
+def _load_checkpoint(path: Path) -> dict:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        return {**checkpoint, "network_weights": checkpoint["network_weights"]}
+    # torch raises whatever the damage causes: RuntimeError, EOFError, UnpicklingError, KeyError, OSError.
+    except Exception as error:
+        raise OneShotError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}): it is damaged or not nnU-Net's. "
+            f"Train this fold again, or leave it out with -f."
+        ) from error
+
+
+def _compare(source: Path, model: Path, *, folds: Sequence[str], images: str | Path | None, device: str) -> str:
+    """Predicts with both models; returns what was compared, or raises where they differ."""
+    original, exported = (_predictor(folder, folds, device) for folder in (source, model))
+    compared = 0
+    for name, image, spacing in _test_images(original, images):
+        logits = [_logits(p, image, spacing) for p in (original, exported)]
+        difference = float((logits[0] - logits[1]).abs().max())
+        if not difference <= _TOLERANCE:
+            raise OneShotError(
+                f"The exported model predicts something else than {source} on {name}: logits differ by "
+                f"{difference:.3g} (at most {_TOLERANCE} was expected). Nothing was written."
+            )
+        compared += 1
+    return f"{compared} image{'s' if compared != 1 else ''}" + ("" if images else " (generated)")
+
+
+def _predictor(folder: Path, folds: Sequence[str], device: str):
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = ext_trainer_value(before)
+    try:
+        # nnU-Net tells on the console where it looks for classes; here that is of no interest.
+        with contextlib.redirect_stdout(io.StringIO()):
+            predictor = nnUNetPredictor(
+                device=torch.device(device), perform_everything_on_device=device != "cpu", allow_tqdm=False
+            )
+            predictor.initialize_from_trained_model_folder(str(folder), folds, CHECKPOINT)
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+    predictor.network.to(predictor.device)
+    return predictor
+
+
+def _logits(predictor, image: np.ndarray, spacing: Sequence[float]) -> torch.Tensor:
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    data, _, _ = preprocessor.run_case_npy(
+        image,
+        None,
+        {"spacing": list(spacing)},
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.dataset_json,
+    )
+    return predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+
+
+def _test_images(predictor, images: str | Path | None):
+    """Yields name, image (C, Z, Y, X) and spacing of everything the models are compared on."""
+    if images is None:
+        configuration = predictor.configuration_manager
+        channels = len(predictor.dataset_json.get("channel_names") or predictor.dataset_json["modality"])
+        shape, spacing = list(configuration.patch_size), list(configuration.spacing)
+        if len(shape) == 2:
+            shape, spacing = [2, *shape], [1.0, *spacing]
+        # The plan's axes back in the order of the files.
+        backward = predictor.plans_manager.transpose_backward
+        shape, spacing = [shape[i] for i in backward], [spacing[i] for i in backward]
+        image = np.random.default_rng(0).normal(100, 30, size=(channels, *shape)).astype(np.float32)
+        yield "a generated image", image, spacing
+        return
+    from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+
+    cases = create_lists_from_splitted_dataset_folder(
+        str(images), predictor.dataset_json["file_ending"], num_processes=1
+    )
+    if not cases:
+        raise OneShotError(
+            f"{images} holds no images named CASE_0000{predictor.dataset_json['file_ending']}: give -i a folder of "
+            f"images in nnU-Net's naming, or leave it out."
+        )
+    reader = predictor.plans_manager.image_reader_writer_class()
+    for files in cases:
+        image, properties = reader.read_images(files)
+        yield Path(files[0]).name, image, properties["spacing"]
+
+
+def _zip(folder: Path, target: Path) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            archive.write(path, path.relative_to(folder.parent))

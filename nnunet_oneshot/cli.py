@@ -88,16 +88,78 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_export)
 
 
+def _plan_and_preprocess(options: argparse.Namespace) -> None:
+    import nnunet_oneshot.planners as planners
+    from nnunet_oneshot.data.options import DEFAULT_CONFIGURATIONS, Options
+    from nnunet_oneshot.data.plan_and_preprocess import plan_and_preprocess
+
+    if options.pl not in planners.__all__:
+        raise OneShotError(f"Unknown planner {options.pl!r}: known are {', '.join(planners.__all__)}.")
+    for dataset in options.d:
+        plan_and_preprocess(
+            dataset,
+            getattr(planners, options.pl),
+            Options(
+                atlases=options.atlas,
+                configurations=options.c or DEFAULT_CONFIGURATIONS,
+                num_processes=options.np,
+                num_processes_fingerprint=options.npfp,
+                verify=options.verify,
+                clean=options.clean,
+                no_preprocessing=options.no_pp,
+                gpu_memory_target=options.gpu_memory_target,
+                plans_name=options.overwrite_plans_name,
+                target_spacing=options.overwrite_target_spacing,
+                verbose=options.verbose,
+                progress=not options.no_pbar,
+            ),
+        )
+
+
+def _add_plan_and_preprocess(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "plan_and_preprocess",
+        help="check, plan and preprocess a raw data set of which as few as one case is labelled",
+        description="Checks every image of a raw data set and the atlas's label, extracts a fingerprint that opens no "
+        "other label, plans and preprocesses. Options are named as those of nnUNetv2_plan_and_preprocess.",
+    )
+    add = parser.add_argument
+    add("-d", nargs="+", required=True, metavar="DATASET", help="numbers or names of data sets in nnUNet_raw")
+    add("--atlas", nargs="+", metavar="CASE", help="labelled cases to warp; default: oneshot_atlas.json, else chosen")
+    add(
+        "-c", nargs="+", metavar="CONFIGURATION", help="configurations; default: 2d 3d_fullres 3d_lowres, where planned"
+    )
+    add("-pl", default="OneShotPlanner", metavar="PLANNER", help="planner class; default: %(default)s")
+    add("-np", nargs="+", type=int, metavar="N", help="processes for preprocessing, one number or one a configuration")
+    add("-npfp", type=int, metavar="N", help="processes for reading all images")
+    add(
+        "--verify_dataset_integrity",
+        "--verify",
+        dest="verify",
+        action="store_true",
+        help="also read the labels of all other cases, to report bad ones (images and the atlas are always checked)",
+    )
+    add("--clean", action="store_true", help="read all images again even where nothing has changed")
+    add("--no_pp", action="store_true", help="stop after planning")
+    add("-gpu_memory_target", type=float, metavar="GB", help="GPU memory for the whole training")
+    add("-overwrite_plans_name", metavar="NAME", help="name of the plans; default: the planner's")
+    add("-overwrite_target_spacing", nargs="+", type=float, metavar="MM", help="spacing of 3d_fullres; default: median")
+    add("--verbose", action="store_true", help="print everything that nnU-Net's planner and preprocessor print")
+    add("--no_pbar", action="store_true", help="show no progress bars")
+    parser.set_defaults(run=_plan_and_preprocess)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command, one subparser for each subcommand."""
     parser = argparse.ArgumentParser(
         prog="nnunet_oneshot",
-        description="One-shot segmentation for nnU-Net: train from one labelled volume and a folder of unlabelled ones.",
+        description="One-shot segmentation for nnU-Net: one labelled volume and a folder of unlabelled ones.",
     )
     parser.add_argument("--version", action="version", version=f"nnunet_oneshot {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(subparsers)
     _add_env(subparsers)
+    _add_plan_and_preprocess(subparsers)
     _add_export(subparsers)
     return parser
 

@@ -1,7 +1,7 @@
 """The one module that nnU-Net's trainer lookup imports: the classes themselves live in an installed package.
 
-nnU-Net forgets every module of the folder that ``nnUNet_extTrainer`` names once it has found a class, so classes defined
-here could not be pickled.
+nnU-Net forgets every module of the folder that ``nnUNet_extTrainer`` names once it has found a class, so classes
+defined here could not be pickled.
 """
 
 from nnunet_oneshot.trainers import *  # noqa: F403

@@ -1,0 +1,185 @@
+"""The data set's fingerprint: geometry of all images, intensities of the atlases' foreground, no other label opened.
+
+It is kept in ``oneshot_fingerprint.json``, so that a ``dataset_fingerprint.json`` which nnU-Net made from all labels
+stays as it is. nnU-Net's planners need that file; where it is missing a copy is put there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_oneshot.data.parallel import run_on_cases
+from nnunet_oneshot.data.raw import RawDataset
+from nnunet_oneshot.data.thumbnails import pool_volume
+from nnunet_oneshot.data.verify import CaseImage, read_image, read_label
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.io import load_json_checked, save_json_atomic
+
+FINGERPRINT_FILE = "oneshot_fingerprint.json"
+_NNUNET_FINGERPRINT_FILE = "dataset_fingerprint.json"
+_INTENSITY_SAMPLES = 10_000_000
+
+
+@dataclass(frozen=True)
+class CaseSurvey:
+    """What planning needs to know of an image.
+
+    Attributes:
+        shape: Shape (X, Y, Z) after cropping to nonzero voxels.
+        spacing: mm, in the order of the axes.
+        relative_size: Share of the voxels that cropping keeps.
+        thumbnail: See `nnunet_oneshot.data.thumbnails.pool_volume`.
+        warnings: For the user.
+    """
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    relative_size: float
+    thumbnail: np.ndarray
+    warnings: list[str]
+
+
+def survey_images(raw: RawDataset, *, num_processes: int, show_progress: bool = True) -> dict[str, CaseSurvey]:
+    """Reads and checks every image; opens no label.
+
+    Raises:
+        OneShotError: An image is damaged or does not fit ``dataset.json``, see `nnunet_oneshot.data.verify`.
+    """
+    jobs = [(case, raw.images(case), raw.reader_class, raw.channel_names) for case in raw.cases]
+    surveys = run_on_cases(
+        _survey_case,
+        jobs,
+        num_processes=num_processes,
+        description="Checking images",
+        show_progress=show_progress,
+    )
+    dimensions = {case: survey.shape[0] == 1 for case, survey in zip(raw.cases, surveys, strict=True)}
+    if len(set(dimensions.values())) > 1:
+        flat = [case for case, is_flat in dimensions.items() if is_flat]
+        raise OneShotError(
+            f"{raw.name} mixes 2D images ({', '.join(flat[:5])}) with volumes: make one data set of each."
+        )
+    return dict(zip(raw.cases, surveys, strict=True))
+
+
+def _survey_case(case: str, files: list[str], reader_class: type, channel_names: list[str]) -> CaseSurvey:
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
+    image = read_image(case, files, reader_class, channel_names)
+    cropped, _, _ = crop_to_nonzero(image.data)
+    return CaseSurvey(
+        shape=tuple(int(size) for size in cropped.shape[1:]),
+        spacing=tuple(float(value) for value in image.properties["spacing"]),
+        relative_size=float(np.prod(cropped.shape[1:]) / np.prod(image.data.shape[1:])),
+        thumbnail=pool_volume(cropped),
+        warnings=image.warnings,
+    )
+
+
+def read_labelled_case(raw: RawDataset, case: str) -> tuple[CaseImage, np.ndarray, list[str]]:
+    """Image, label (1, X, Y, Z) and warnings of a labelled case, both checked."""
+    image = read_image(case, raw.images(case), raw.reader_class, raw.channel_names)
+    label, warnings = read_label(raw, case, image)
+    return image, label, warnings
+
+
+def make_fingerprint(
+    raw: RawDataset, surveys: Mapping[str, CaseSurvey], atlases: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """The fingerprint in nnU-Net's layout, and warnings about the atlases' labels.
+
+    Intensity statistics come from voxels inside the atlases' labels, each atlas counting the same, as each case does in
+    nnU-Net.
+
+    Raises:
+        OneShotError: An atlas's label is missing, damaged, empty or does not fit.
+    """
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
+    samples: list[list[np.ndarray]] = []
+    warnings: list[str] = []
+    for case in atlases:
+        image, label, found = read_labelled_case(raw, case)
+        warnings += found
+        cropped, cropped_label, _ = crop_to_nonzero(image.data, label)
+        intensities, _ = DatasetFingerprintExtractor.collect_foreground_intensities(
+            cropped_label, cropped, num_samples=_INTENSITY_SAMPLES // len(atlases)
+        )
+        samples.append(intensities)
+    ordered = [surveys[case] for case in raw.cases]
+    fingerprint = {
+        "spacings": [list(survey.spacing) for survey in ordered],
+        "shapes_after_crop": [list(survey.shape) for survey in ordered],
+        "foreground_intensity_properties_per_channel": {
+            str(channel): _statistics(np.concatenate([atlas[channel] for atlas in samples]))
+            for channel in range(len(raw.channel_names))
+        },
+        "median_relative_size_after_cropping": float(np.median([survey.relative_size for survey in ordered])),
+        "oneshot": {"atlases": list(atlases), "cases": raw.cases},
+    }
+    return fingerprint, warnings
+
+
+def save_fingerprint(fingerprint: Mapping[str, Any], folder: Path) -> None:
+    """Writes the fingerprint, and nnU-Net's where there is none."""
+    save_json_atomic(fingerprint, folder / FINGERPRINT_FILE)
+    if not (folder / _NNUNET_FINGERPRINT_FILE).is_file():
+        save_json_atomic(fingerprint, folder / _NNUNET_FINGERPRINT_FILE)
+
+
+def load_fingerprint(folder: Path) -> dict[str, Any]:
+    """Reads the fingerprint of ``nnUNet_preprocessed/DatasetXXX_Name``.
+
+    Raises:
+        OneShotError: It is missing or damaged.
+    """
+    return load_json_checked(folder / FINGERPRINT_FILE, "the fingerprint")
+
+
+def images_unchanged(raw: RawDataset, folder: Path) -> bool:
+    """Whether the stored fingerprint is of these cases and younger than all their images."""
+    return _is_current(raw, folder, [path for case in raw.cases for path in raw.images(case)])
+
+
+def fingerprint_unchanged(raw: RawDataset, folder: Path, atlases: Sequence[str]) -> bool:
+    """Whether the stored fingerprint is of these images and of these atlases with their present labels."""
+    labels = [path for case in atlases if (path := raw.label(case)) is not None]
+    return (
+        images_unchanged(raw, folder)
+        and _is_current(raw, folder, labels)
+        and load_fingerprint(folder)["oneshot"]["atlases"] == list(atlases)
+    )
+
+
+def _is_current(raw: RawDataset, folder: Path, files: Sequence[str]) -> bool:
+    path = folder / FINGERPRINT_FILE
+    if not path.is_file():
+        return False
+    try:
+        if load_fingerprint(folder).get("oneshot", {}).get("cases") != raw.cases:
+            return False
+    except OneShotError:
+        return False
+    made = path.stat().st_mtime
+    # A file moved or copied over another keeps its modification time but not its change time.
+    return all(max(os.stat(file).st_mtime, os.stat(file).st_ctime) < made for file in files)
+
+
+def _statistics(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
+    return {
+        "mean": float(np.mean(values)),
+        "median": float(median),
+        "std": float(np.std(values)),
+        "min": float(np.min(values)),
+        "max": float(np.max(values)),
+        "percentile_99_5": float(high),
+        "percentile_00_5": float(low),
+    }

@@ -1,0 +1,65 @@
+"""Runs one function on many cases in worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from tqdm import tqdm
+
+from nnunet_oneshot.errors import OneShotError
+
+
+def default_processes(upper: int = 8) -> int:
+    """``nnUNet_def_n_proc`` where it is set, else ``upper``, and never more than there are cores."""
+    return max(1, min(int(os.environ.get("nnUNet_def_n_proc", upper)), upper, os.cpu_count() or 1))
+
+
+def run_on_cases(
+    function: Callable[..., Any],
+    jobs: Sequence[tuple],
+    *,
+    num_processes: int,
+    description: str,
+    show_progress: bool = True,
+) -> list[Any]:
+    """Calls ``function(*job)`` for every job, in order of the jobs.
+
+    Args:
+        function: A picklable function.
+        jobs: Positional arguments, one tuple a case.
+        num_processes: Worker processes; with 1 everything runs in this process.
+        description: Shown beside the progress bar.
+        show_progress: Whether to show a progress bar.
+
+    Raises:
+        OneShotError: A worker died (other exceptions of the function are passed on).
+    """
+    results: list[Any] = [None] * len(jobs)
+    num_processes = max(1, min(num_processes, len(jobs)))
+    with tqdm(total=len(jobs), desc=description, disable=not show_progress) as bar:
+        if num_processes == 1:
+            for index, job in enumerate(jobs):
+                results[index] = function(*job)
+                bar.update()
+            return results
+        # Forking a process that has started threads (torch, SimpleITK) can hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(num_processes, mp_context=context) as executor:
+            try:
+                futures = {executor.submit(function, *job): index for index, job in enumerate(jobs)}
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+                    bar.update()
+            except BrokenProcessPool as error:
+                raise OneShotError(
+                    f"A worker process ended unexpectedly during {description.lower()!r}, most often because memory "
+                    f"ran out: use fewer processes (now {num_processes}; see -np and -npfp)."
+                ) from error
+            finally:
+                executor.shutdown(wait=True, cancel_futures=True)
+    return results

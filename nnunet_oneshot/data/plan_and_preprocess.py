@@ -1,0 +1,264 @@
+"""From a raw data set to plans and preprocessed cases: the command ``nnunet_oneshot plan_and_preprocess``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunet_oneshot.config import BLOCK, OneShotConfig
+from nnunet_oneshot.data.atlas import AtlasChoice, resolve_atlases, save_choice
+from nnunet_oneshot.data.fingerprint import (
+    CaseSurvey,
+    fingerprint_unchanged,
+    images_unchanged,
+    make_fingerprint,
+    read_labelled_case,
+    save_fingerprint,
+    survey_images,
+)
+from nnunet_oneshot.data.options import Options, check_options
+from nnunet_oneshot.data.parallel import default_processes, run_on_cases
+from nnunet_oneshot.data.preprocessing import preprocess_configuration
+from nnunet_oneshot.data.raw import RawDataset, find_dataset
+from nnunet_oneshot.data.splits import SPLITS_FILE, resolve_fold
+from nnunet_oneshot.data.verify import check_files
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.io import atomic_path, load_json_checked, require_env, writing
+
+_DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
+
+
+def plan_and_preprocess(
+    dataset: int | str, planner_class: type, options: Options, *, log: Callable[[str], None] = print
+) -> Path:
+    """Checks a raw data set, extracts its fingerprint, plans and preprocesses.
+
+    Args:
+        dataset: Number or name of the data set below ``nnUNet_raw``.
+        planner_class: A class of ``nnunet_oneshot.planners``.
+        options: See `Options`.
+        log: Receives each line that is shown.
+
+    Returns:
+        The plans file.
+
+    Raises:
+        OneShotError: Anything is wrong with the data, the options or the folders; what was there before is kept.
+    """
+    _, preprocessed = require_env("nnUNet_raw", "nnUNet_preprocessed")
+    raw = find_dataset(dataset)
+    log(f"{raw.name}: {len(raw.cases)} training cases, {len(raw.labelled)} of them labelled")
+    for note in check_files(raw):
+        log(f"Note: {note}")
+    folder = preprocessed / raw.name
+    plans_file = folder / f"{options.plans_name or _default_plans_name(planner_class)}.json"
+    previous = load_json_checked(plans_file, "the plans file") if plans_file.is_file() else {}
+    check_options(raw, options, previous)
+    config = OneShotConfig.from_plans({BLOCK: previous.get(BLOCK, {}), "plans_name": plans_file.stem})
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        surveys = _Surveys(raw, options, log)
+        if options.clean or options.verify or not images_unchanged(raw, folder):
+            surveys.get()
+        if options.verify:
+            _verify_other_labels(raw, options, log)
+        choice = _choose_atlases(raw, folder, options, config, surveys, log)
+        if options.clean or not fingerprint_unchanged(raw, folder, choice.atlases):
+            fingerprint, warnings = make_fingerprint(raw, surveys.get(), choice.atlases)
+            for warning in warnings:
+                log(f"Warning: {warning}")
+            save_fingerprint(fingerprint, folder)
+            log(f"Fingerprint: geometry of {len(raw.cases)} images, intensities of {', '.join(choice.atlases)} only")
+        if options.atlases is not None:
+            save_choice(str(folder), choice.atlases, by_user=True, how=choice.how)
+        plans = _plan(raw, planner_class, options, log)
+        _copy_labels(raw, folder, log)
+        if not options.no_preprocessing:
+            for configuration, processes in _configurations(plans, options, log):
+                target = preprocess_configuration(
+                    raw,
+                    plans,
+                    configuration,
+                    folder,
+                    atlases=choice.atlases,
+                    num_processes=processes,
+                    verbose=options.verbose,
+                    show_progress=options.progress,
+                )
+                log(f"Preprocessed {len(raw.cases)} cases for {configuration}: {target}")
+    return plans_file
+
+
+class _Surveys:
+    """The survey of all images, made when it is first asked for."""
+
+    def __init__(self, raw: RawDataset, options: Options, log: Callable[[str], None]) -> None:
+        self._raw, self._options, self._log = raw, options, log
+        self._surveys: dict[str, CaseSurvey] | None = None
+
+    def get(self) -> dict[str, CaseSurvey]:
+        if self._surveys is None:
+            self._surveys = survey_images(
+                self._raw,
+                num_processes=self._options.num_processes_fingerprint or default_processes(),
+                show_progress=self._options.progress,
+            )
+            for survey in self._surveys.values():
+                for warning in survey.warnings:
+                    self._log(f"Warning: {warning}")
+        return self._surveys
+
+
+def _choose_atlases(
+    raw: RawDataset,
+    folder: Path,
+    options: Options,
+    config: OneShotConfig,
+    surveys: _Surveys,
+    log: Callable[[str], None],
+) -> AtlasChoice:
+    """Atlases whose labels the fingerprint may use: the user's, or those of fold 0's training part."""
+    _copy_splits(raw, folder)
+    train, val = resolve_fold(str(folder), raw.cases, raw.labelled, 0)
+    if options.atlases is not None:
+        choice = AtlasChoice(list(dict.fromkeys(options.atlases)), "named by --atlas")
+        _report_folds(raw, folder, choice.atlases, log)
+    else:
+        # Which fold will be trained is not known yet: refusing an atlas that a fold holds out is left to its trainer.
+        named = config.atlases is not None
+        choice = resolve_atlases(
+            str(folder),
+            config,
+            raw.cases if named else train,
+            [] if named else val,
+            raw.labelled,
+            0,
+            lambda case: surveys.get()[case].thumbnail,
+        )
+    log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
+    return choice
+
+
+def _report_folds(raw: RawDataset, folder: Path, atlases: Sequence[str], log: Callable[[str], None]) -> None:
+    """Tells which folds hold a named atlas out."""
+    splits = load_json_checked(folder / SPLITS_FILE, "the file of splits")
+    barred = [str(number) for number, fold in enumerate(splits) if set(atlases) & set(fold["val"])]
+    if barred:
+        usable = [str(number) for number in range(len(splits)) if str(number) not in barred] + ["all"]
+        log(
+            f"Note: {', '.join(atlases)} is in the validation part of fold {', '.join(barred)}, which therefore cannot "
+            f"be trained with it: train fold {', '.join(usable)}, or edit {folder / SPLITS_FILE}."
+        )
+
+
+def _copy_splits(raw: RawDataset, folder: Path) -> None:
+    """Takes over ``splits_final.json`` from the raw data set, as nnU-Net's planner does."""
+    source, target = raw.folder / SPLITS_FILE, folder / SPLITS_FILE
+    if not source.is_file():
+        return
+    splits = load_json_checked(source, "the raw data set's file of splits")
+    if not target.is_file():
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
+        return
+    stored = load_json_checked(target, "the file of splits")
+    for number, fold in enumerate(splits):
+        same = number < len(stored) and all(set(fold[part]) == set(stored[number][part]) for part in ("train", "val"))
+        if not same:
+            raise OneShotError(f"Fold {number} of {source} differs from that of {target}: delete one of the two files.")
+
+
+def _verify_other_labels(raw: RawDataset, options: Options, log: Callable[[str], None]) -> None:
+    """Reads every label; what is found serves this check and nothing else."""
+    results = run_on_cases(
+        _label_warnings,
+        [(str(raw.folder), case) for case in raw.labelled],
+        num_processes=options.num_processes_fingerprint or default_processes(),
+        description="Checking labels",
+        show_progress=options.progress,
+    )
+    for warning in [warning for warnings in results for warning in warnings if "no voxel of" not in warning]:
+        log(f"Warning: {warning}")
+
+
+def _label_warnings(folder: str, case: str) -> list[str]:
+    return read_labelled_case(RawDataset(folder), case)[2]
+
+
+def _default_plans_name(planner_class: type) -> str:
+    import inspect
+
+    return inspect.signature(planner_class.__init__).parameters["plans_name"].default
+
+
+def _plan(raw: RawDataset, planner_class: type, options: Options, log: Callable[[str], None]) -> dict[str, Any]:
+    """Runs the planner and tells its result in a line a configuration."""
+    arguments: dict[str, Any] = {"overwrite_target_spacing": None}
+    if options.target_spacing is not None:
+        arguments["overwrite_target_spacing"] = [float(value) for value in options.target_spacing]
+    if options.gpu_memory_target is not None:
+        arguments["gpu_memory_target_in_gb"] = options.gpu_memory_target
+    if options.plans_name is not None:
+        arguments["plans_name"] = options.plans_name
+    with contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO()):
+        planner = planner_class(raw.name, **arguments)
+        planner.plan_experiment()
+    log(f"Plans: {planner.plans_file}")
+    if planner.kept_block:
+        log(f'Note: the "{BLOCK}" block of the existing plans was kept.')
+    plans = load_json_checked(planner.plans_file, "the plans file")
+    for name, configuration in plans["configurations"].items():
+        if "patch_size" in configuration:
+            spacing = [round(value, 3) for value in configuration["spacing"]]
+            log(
+                f"  {name}: patch {configuration['patch_size']}, batch {configuration['batch_size']}, "
+                f"spacing {spacing} mm"
+            )
+    return plans
+
+
+def _configurations(plans: Mapping[str, Any], options: Options, log: Callable[[str], None]) -> list[tuple[str, int]]:
+    """The configurations to preprocess, each with its number of processes."""
+    numbers = list(options.num_processes or [])
+    if not numbers:
+        numbers = [default_processes(_DEFAULT_PROCESSES.get(name, 4)) for name in options.configurations]
+    elif len(numbers) == 1:
+        numbers *= len(options.configurations)
+    available = plans["configurations"]
+    chosen = []
+    for name, number in zip(options.configurations, numbers, strict=True):
+        if name not in available:
+            log(f"Note: the plans have no configuration {name}, it is skipped.")
+        elif "data_identifier" in available[name]:
+            chosen.append((name, number))
+        else:
+            log(f"Note: {name} uses the data of {available[name].get('inherits_from')}.")
+    if not chosen and not set(options.configurations) & set(available):
+        raise OneShotError(
+            f"The plans have none of the configurations {', '.join(options.configurations)}: available are "
+            f"{', '.join(available)}."
+        )
+    return chosen
+
+
+def _copy_labels(raw: RawDataset, folder: Path, log: Callable[[str], None]) -> None:
+    """Makes ``gt_segmentations`` hold the labels that exist, and only those: it tells which cases are labelled."""
+    target_folder = folder / "gt_segmentations"
+    target_folder.mkdir(exist_ok=True)
+    expected = {f"{case}{raw.file_ending}": raw.label(case) for case in raw.labelled}
+    for path in target_folder.iterdir():
+        if path.name.endswith(raw.file_ending) and path.name not in expected:
+            path.unlink()
+            log(f"Note: {path} was removed, since the raw data set has no such label any more.")
+    for name, source in expected.items():
+        target = target_folder / name
+        if target.is_file() and os.stat(source).st_mtime <= target.stat().st_mtime:
+            continue
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)

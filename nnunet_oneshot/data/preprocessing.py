@@ -1,0 +1,198 @@
+"""nnU-Net's preprocessing for data sets in which only some cases are labelled.
+
+Plans name nnU-Net's own ``DefaultPreprocessor``, with which prediction preprocesses new images. The subclass here
+serves training cases alone: it copes with missing labels, and no label influences any image.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.preprocessing.cropping.cropping import create_nonzero_mask
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_oneshot.data.parallel import run_on_cases
+from nnunet_oneshot.data.raw import RawDataset
+from nnunet_oneshot.data.verify import check_complete
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.io import atomic_folder, writing
+
+
+class OneShotPreprocessor(DefaultPreprocessor):
+    """Preprocesses labelled and unlabelled training cases; images come out the same whatever the label holds."""
+
+    def run_case(
+        self,
+        image_files: list[str],
+        seg_file: str | None,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        dataset_json: dict[str, Any],
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Reads and preprocesses a case.
+
+        An unusable label of a case that is no atlas counts as missing, with a warning. Without a label the segmentation
+        is -1 outside the image's nonzero part and 0 inside, and no class has locations.
+
+        Args:
+            image_files: Channels, in order.
+            seg_file: Label, or None.
+            plans_manager: Plans.
+            configuration_manager: Configuration.
+            dataset_json: Content of ``dataset.json``.
+
+        Returns:
+            Image (C, X, Y, Z), segmentation (1, X, Y, Z) and properties, as nnU-Net's preprocessor gives them.
+        """
+        reader = plans_manager.image_reader_writer_class()
+        image, properties = reader.read_images(image_files)
+        label = None if seg_file is None else _usable_label(reader, seg_file, image.shape[1:])
+        image, segmentation, properties = self.run_case_npy(
+            image, label, properties, plans_manager, configuration_manager, dataset_json
+        )
+        properties.setdefault("class_locations", _no_locations(plans_manager.get_label_manager(dataset_json)))
+        return image, segmentation, properties
+
+    def _normalize(
+        self,
+        data: np.ndarray,
+        seg: np.ndarray,
+        configuration_manager: ConfigurationManager,
+        foreground_intensity_properties_per_channel: dict,
+    ) -> np.ndarray:
+        """Normalises inside the image's nonzero mask, as nnU-Net does at prediction.
+
+        For labelled cases nnU-Net takes ``seg >= 0``, into which labels outside the nonzero part leak.
+        """
+        mask = np.where(create_nonzero_mask(data), np.int8(0), np.int8(-1))[None]
+        return super()._normalize(data, mask, configuration_manager, foreground_intensity_properties_per_channel)
+
+
+def preprocess_configuration(
+    raw: RawDataset,
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_folder: Path,
+    *,
+    atlases: Collection[str],
+    num_processes: int,
+    verbose: bool = False,
+    show_progress: bool = True,
+) -> Path:
+    """Preprocesses every case for one configuration; the folder appears when all cases are done.
+
+    Args:
+        raw: The data set.
+        plans: Plans.
+        configuration: Name of a configuration in them.
+        dataset_folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
+        atlases: Cases whose labels must be usable.
+        num_processes: Worker processes.
+        verbose: Whether to print what nnU-Net's preprocessor tells of each case.
+        show_progress: Whether to show a progress bar.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        OneShotError: A case failed, or the folder cannot be written.
+    """
+    target = dataset_folder / PlansManager(plans).get_configuration(configuration).data_identifier
+    with writing(dataset_folder), atomic_folder(target) as folder:
+        jobs = [
+            (
+                case,
+                raw.images(case),
+                raw.label(case),
+                case in atlases,
+                str(folder / case),
+                plans,
+                configuration,
+                raw.dataset_json,
+                verbose,
+            )
+            for case in raw.cases
+        ]
+        run_on_cases(
+            _preprocess_case,
+            jobs,
+            num_processes=num_processes,
+            description=f"Preprocessing for {configuration}",
+            show_progress=show_progress,
+        )
+    return target
+
+
+def _preprocess_case(
+    case: str,
+    images: Sequence[str],
+    label: str | None,
+    is_atlas: bool,
+    output: str,
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    verbose: bool,
+) -> None:
+    plans_manager = PlansManager(plans)
+    configuration_manager = plans_manager.get_configuration(configuration)
+    preprocessor = OneShotPreprocessor(verbose=verbose)
+    try:
+        with warnings.catch_warnings():
+            if is_atlas:
+                warnings.simplefilter("error", UnusableLabelWarning)
+            preprocessor.run_case_save(output, list(images), label, plans_manager, configuration_manager, dataset_json)
+        _check_written(output)
+    except (OSError, RuntimeError, UnusableLabelWarning) as error:
+        raise OneShotError(
+            f"Case {case} could not be preprocessed for {configuration} ({error}). Make sure that "
+            f"{Path(output).parent.parent} is writable and has space left, and that the case's files are intact."
+        ) from error
+
+
+class UnusableLabelWarning(UserWarning):
+    """A label that is no atlas's cannot be used; the case is treated as unlabelled."""
+
+
+def _usable_label(reader: BaseReaderWriter, path: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The label (1, X, Y, Z), or None with a warning where it is unreadable or does not fit its image."""
+    try:
+        check_complete(path)
+        label, _ = reader.read_seg(path)
+        if label.shape != (1, *shape):
+            raise ValueError(f"its shape is {label.shape[1:]}, the image's is {tuple(shape)}")
+        if not np.isfinite(label).all():
+            raise ValueError("it holds NaN or infinite values")
+    # Readers raise whatever the underlying library raises.
+    except Exception as error:
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        warnings.warn(
+            f"{path} cannot be used ({detail}): the case is treated as unlabelled.", UnusableLabelWarning, stacklevel=2
+        )
+        return None
+    return label
+
+
+def _no_locations(label_manager: LabelManager) -> dict[int | tuple[int, ...], list]:
+    """Every class with no location: nnU-Net's data loader looks some up without asking whether they are there."""
+    classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
+    locations = {tuple(c) if isinstance(c, (list, tuple)) else int(c): [] for c in classes}
+    if label_manager.has_ignore_label:
+        locations[(-1, *(int(label) for label in label_manager.all_labels))] = []
+    return locations
+
+
+def _check_written(output: str) -> None:
+    """Raises when a compressed array cannot be read back: a full disk need not stop its writer."""
+    import blosc2
+
+    for suffix in (".b2nd", "_seg.b2nd"):
+        array = blosc2.open(urlpath=output + suffix, mode="r")
+        array[(slice(-1, None),) * array.ndim]

@@ -1,0 +1,196 @@
+"""A data set in nnU-Net's raw format of which only some cases are labelled."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.io import load_json_checked, require_env
+
+_CHANNEL = re.compile(r"(?P<case>.+)_\d{4}")
+
+
+class RawDataset:
+    """The files of a raw data set, without opening any image or label.
+
+    Args:
+        folder: The folder ``DatasetXXX_Name``. Cases are found in ``imagesTr`` and ``labelsTr``, or listed under
+            ``dataset`` in ``dataset.json``, where an entry may lack a label.
+
+    Attributes:
+        folder: As given.
+        name: Name of the folder.
+        dataset_json: Content of ``dataset.json``.
+        cases: Names of the training cases, sorted.
+        labelled: The cases whose label file exists, sorted.
+
+    Raises:
+        OneShotError: The folder is incomplete or ``dataset.json`` lacks something.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        self.name = self.folder.name
+        self.dataset_json: dict[str, Any] = load_json_checked(
+            self.folder / "dataset.json", "the data set's description"
+        )
+        if not isinstance(self.dataset_json, dict):
+            raise OneShotError(f"{self.folder / 'dataset.json'} must hold a JSON object.")
+        missing = [key for key in ("labels", "file_ending") if key not in self.dataset_json]
+        if not {"channel_names", "modality"} & set(self.dataset_json):
+            missing.append("channel_names")
+        if missing:
+            raise OneShotError(
+                f"{self.folder / 'dataset.json'} lacks {missing}: add them as described in nnU-Net's data set format."
+            )
+        self._files = self._listed_files() if "dataset" in self.dataset_json else self._found_files()
+        self.cases: list[str] = sorted(self._files)
+        self.labelled: list[str] = [case for case in self.cases if self.label(case) is not None]
+
+    @property
+    def file_ending(self) -> str:
+        """Suffix of images and labels, such as ``.nii.gz``."""
+        return self.dataset_json["file_ending"]
+
+    @property
+    def channel_names(self) -> list[str]:
+        """Names of the image channels, in order."""
+        names = self.dataset_json.get("channel_names") or self.dataset_json["modality"]
+        return [str(name) for name in names.values()]
+
+    def images(self, case: str) -> list[str]:
+        """Paths of the case's channels, in order."""
+        return self._files[case][0]
+
+    def label(self, case: str) -> str | None:
+        """Path of the case's label file, or None where it does not exist."""
+        path = self._files[case][1]
+        return path if path is not None and os.path.isfile(path) else None
+
+    @cached_property
+    def label_manager(self) -> Any:
+        """nnU-Net's label manager for ``dataset.json``.
+
+        Raises:
+            OneShotError: The labels are not what nnU-Net accepts.
+        """
+        from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+        try:
+            manager = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
+        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise OneShotError(f"The labels in {self.folder / 'dataset.json'} are not valid: {error}") from error
+        declared = [*manager.all_labels, *([manager.ignore_label] if manager.has_ignore_label else [])]
+        if declared != list(range(len(declared))):
+            raise OneShotError(
+                f"The labels in {self.folder / 'dataset.json'} are {[int(label) for label in declared]}: nnU-Net needs "
+                f"consecutive numbers 0, 1, 2, ..."
+            )
+        return manager
+
+    @cached_property
+    def reader_class(self) -> type:
+        """nnU-Net's reader for these images, chosen as nnU-Net chooses it: by suffix and a trial on the first image.
+
+        Raises:
+            OneShotError: The suffix is not one that nnU-Net reads, or no reader can open the first image.
+        """
+        import contextlib
+        import io
+
+        from nnunetv2.imageio.reader_writer_registry import (
+            LIST_OF_IO_CLASSES,
+            determine_reader_writer_from_dataset_json,
+        )
+
+        known = sorted({ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings})
+        if self.file_ending.lower() not in known:
+            raise OneShotError(
+                f'"file_ending" in {self.folder / "dataset.json"} is {self.file_ending!r}: nnU-Net reads {known}.'
+            )
+        example = self.images(self.cases[0])[0]
+        trace = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(trace):
+                return determine_reader_writer_from_dataset_json(self.dataset_json, example, verbose=False)
+        except RuntimeError as error:
+            lines = trace.getvalue().strip().splitlines()
+            raise OneShotError(
+                f"Case {self.cases[0]}: {example} cannot be read ({lines[-1] if lines else error}). "
+                f"The file is damaged or not of its suffix's format: replace it or remove the case."
+            ) from error
+
+    def _found_files(self) -> dict[str, tuple[list[str], str | None]]:
+        """Images and label path of every case in ``imagesTr``."""
+        images, labels = self.folder / "imagesTr", self.folder / "labelsTr"
+        if not images.is_dir():
+            raise OneShotError(f"{images} does not exist: put the images there as CASE_0000{self.file_ending}.")
+        files: dict[str, tuple[list[str], str | None]] = {}
+        for name in sorted(os.listdir(images)):
+            if not name.endswith(self.file_ending):
+                continue
+            match = _CHANNEL.fullmatch(name[: -len(self.file_ending)])
+            if match is None:
+                raise OneShotError(
+                    f"{images / name} is not named CASE_XXXX{self.file_ending}, where XXXX is the four-digit number of "
+                    f"the channel: rename it, for example to {name[: -len(self.file_ending)]}_0000{self.file_ending}."
+                )
+            case = match["case"]
+            label = str(labels / f"{case}{self.file_ending}")
+            files.setdefault(case, ([], label))[0].append(str(images / name))
+        return files
+
+    def _listed_files(self) -> dict[str, tuple[list[str], str | None]]:
+        """Images and label path of every case listed in ``dataset.json``, relative paths taken from its folder."""
+
+        def absolute(path: str) -> str:
+            return os.path.abspath(os.path.join(self.folder, os.path.expandvars(path)))
+
+        files = {}
+        for case, entry in self.dataset_json["dataset"].items():
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("images"), list) or not entry["images"]:
+                raise OneShotError(
+                    f'Case {case} in {self.folder / "dataset.json"} has no list "images": give its channels\' paths.'
+                )
+            label = entry.get("label")
+            files[case] = ([absolute(path) for path in entry["images"]], absolute(label) if label else None)
+        return files
+
+
+def find_dataset(dataset: int | str) -> RawDataset:
+    """Finds a raw data set by its number or name below ``nnUNet_raw``.
+
+    Raises:
+        OneShotError: The variable is unset, or there is not exactly one such data set.
+    """
+    (raw,) = require_env("nnUNet_raw")
+    return RawDataset(raw / dataset_name(dataset, raw))
+
+
+def dataset_name(dataset: int | str, folder: Path) -> str:
+    """Name of the data set with this number (or name) among the subfolders of ``folder``.
+
+    Raises:
+        OneShotError: There is not exactly one.
+    """
+    if not folder.is_dir():
+        raise OneShotError(f"{folder} is not a folder: correct the environment variable that names it.")
+    present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name.startswith("Dataset"))
+    text = str(dataset)
+    if text.startswith("Dataset"):
+        found = [name for name in present if name == text]
+    elif text.isdecimal():
+        found = [name for name in present if name.startswith(f"Dataset{int(text):03d}_")]
+    else:
+        found = []
+    if len(found) != 1:
+        raise OneShotError(
+            f"{len(found) or 'No'} data sets match {text!r} in {folder}: expected one folder such as "
+            f"Dataset{int(text) if text.isdecimal() else 4:03d}_Name. Present: {', '.join(present) or 'none'}."
+        )
+    return found[0]

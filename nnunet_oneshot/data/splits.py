@@ -1,0 +1,142 @@
+"""Folds for data sets in which only some cases are labelled, kept in nnU-Net's ``splits_final.json``.
+
+A fold's validation part is used to score a model where its cases are labelled, and to watch progress on synthetic
+pairs where they are not. The training part always holds a labelled case, which becomes the atlas, and something to warp
+it to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.io import load_json_checked, save_json_atomic
+
+SPLITS_FILE = "splits_final.json"
+_FOLDS = 5
+_SEED = 12345  # nnU-Net's
+
+
+def resolve_fold(
+    preprocessed_dataset_folder_base: str, identifiers: Sequence[str], labelled: Sequence[str], fold: int | str
+) -> tuple[list[str], list[str]]:
+    """Training and validation cases of a fold; writes ``splits_final.json`` where it is missing.
+
+    Args:
+        preprocessed_dataset_folder_base: ``nnUNet_preprocessed/DatasetXXX_Name``.
+        identifiers: All preprocessed cases.
+        labelled: Those of them that are labelled.
+        fold: A fold's number or ``"all"`` (everything is training, nothing validation). A number beyond the file gets
+            nnU-Net's seeded 80:20 split, in which a labelled and a further case stay in the training part.
+
+    Returns:
+        ``(train_keys, val_keys)``.
+
+    Raises:
+        OneShotError: There is no label or only one case, or ``splits_final.json`` does not fit the data set.
+    """
+    cases, labelled = sorted(identifiers), sorted(set(labelled) & set(identifiers))
+    if len(cases) < 2:
+        raise OneShotError(
+            f"{Path(preprocessed_dataset_folder_base).name} has {len(cases)} case(s): at least 2 are needed."
+        )
+    if not labelled:
+        raise OneShotError(
+            f"{Path(preprocessed_dataset_folder_base).name} has no labelled case: "
+            f"{Path(preprocessed_dataset_folder_base) / 'gt_segmentations'} holds no label of one of its {len(cases)} "
+            f"cases. Label at least one and run `nnunet_oneshot plan_and_preprocess` again."
+        )
+    if fold == "all":
+        return cases, []
+    path = Path(preprocessed_dataset_folder_base) / SPLITS_FILE
+    if not path.is_file():
+        save_json_atomic(create_splits(cases, labelled), path)
+    splits = _read_splits(path)
+    if int(fold) < len(splits):
+        train, val = splits[int(fold)]["train"], splits[int(fold)]["val"]
+        _check_fold(path, int(fold), train, val, cases, labelled)
+        return list(train), list(val)
+    return _random_fold(cases, labelled, int(fold))
+
+
+def create_splits(cases: Sequence[str], labelled: Sequence[str]) -> list[dict[str, list[str]]]:
+    """Folds for a new data set.
+
+    Args:
+        cases: All cases, sorted; at least 2.
+        labelled: Those that are labelled, sorted; at least 1.
+
+    Returns:
+        One ``{"train": [...], "val": [...]}`` a fold: nnU-Net's own five folds where all of five or more cases are
+        labelled; else the labelled cases are held out in turn; with one labelled case the unlabelled ones are; and with
+        only two cases there is one fold without a validation part.
+    """
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    unlabelled = [case for case in cases if case not in set(labelled)]
+    if len(cases) == 2:
+        return [{"train": list(cases), "val": []}]
+    held_out, always = (labelled, unlabelled) if len(labelled) > 1 else (unlabelled, labelled)
+    folds = generate_crossval_split(list(held_out), seed=_SEED, n_splits=min(_FOLDS, len(held_out)))
+    return [
+        {
+            "train": [str(case) for case in (fold["train"] if not always else sorted([*fold["train"], *always]))],
+            "val": [str(case) for case in fold["val"]],
+        }
+        for fold in folds
+    ]
+
+
+def _read_splits(path: Path) -> list[dict[str, Any]]:
+    splits = load_json_checked(path, "the file of splits")
+
+    def is_part(part: Any) -> bool:
+        return isinstance(part, list) and all(isinstance(case, str) for case in part)
+
+    if not isinstance(splits, list) or not all(
+        isinstance(fold, dict) and is_part(fold.get("train")) and is_part(fold.get("val")) for fold in splits
+    ):
+        raise OneShotError(
+            f'{path} must hold a list of folds, each {{"train": [case names], "val": [case names]}}: mend it, or '
+            f"delete it to have it made anew."
+        )
+    return splits
+
+
+def _check_fold(
+    path: Path, fold: int, train: Sequence[str], val: Sequence[str], cases: Sequence[str], labelled: Sequence[str]
+) -> None:
+    """Raises when a fold of the file cannot be trained on."""
+    remedy = "Edit the file, or delete it to have it made anew."
+    unknown = sorted({*train, *val} - set(cases))
+    if unknown:
+        raise OneShotError(f"Fold {fold} of {path} names cases that are not in the data set: {unknown}. {remedy}")
+    overlap = sorted(set(train) & set(val))
+    if overlap:
+        raise OneShotError(f"Fold {fold} of {path} has cases both in training and validation: {overlap}. {remedy}")
+    if not set(train) & set(labelled):
+        raise OneShotError(
+            f"Fold {fold} of {path} has no labelled case in its training part, so there is no atlas. "
+            f"Labelled: {', '.join(labelled)}. {remedy}"
+        )
+    if len(set(train)) < 2:
+        raise OneShotError(
+            f"The training part of fold {fold} of {path} holds only {train}: the atlas needs at least one further case "
+            f"to be warped to. {remedy}"
+        )
+
+
+def _random_fold(cases: list[str], labelled: list[str], fold: int) -> tuple[list[str], list[str]]:
+    """nnU-Net's seeded 80:20 split, corrected where its training part has no atlas or nothing to warp it to."""
+    random = np.random.RandomState(seed=_SEED + fold)
+    chosen = random.choice(len(cases), int(len(cases) * 0.8), replace=False)
+    train = [cases[index] for index in chosen]
+    if not set(train) & set(labelled):
+        train.append(labelled[0])
+    if len(train) < 2:
+        return cases, []
+    return train, [case for case in cases if case not in set(train)]

@@ -1,0 +1,84 @@
+"""A planner for training on a few processor cores."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.planners.oneshot_planner import OneShotPlanner
+
+_MAX_PATCH_VOXELS = 100_000
+_MAX_BATCH_2D = 12
+
+
+class OneShotCPUPlanner(OneShotPlanner):
+    """Small patches and batches and few features, so that an iteration takes well under a second on two cores.
+
+    Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
+    of voxels; networks have 8 to 64 features. Registration runs on at most 200,000 voxels. Arguments as for
+    `OneShotPlanner`, but the memory target has no effect.
+    """
+
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float = 8,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str = "nnUNetOneShotCPUPlans",
+        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
+        suppress_transpose: bool = False,
+    ) -> None:
+        super().__init__(
+            dataset_name_or_id,
+            gpu_memory_target_in_gb,
+            preprocessor_name,
+            plans_name,
+            overwrite_target_spacing,
+            suppress_transpose,
+        )
+        self.UNet_base_num_features = 8
+        self.UNet_max_features_2d = 64
+        self.UNet_max_features_3d = 64
+
+    def default_config(self) -> OneShotConfig:
+        """The ``oneshot`` block with a registration grid that two cores can handle."""
+        config = super().default_config()
+        return dataclasses.replace(config, registration=dataclasses.replace(config.registration, max_voxels=200_000))
+
+    def get_plans_for_configuration(
+        self,
+        spacing: np.ndarray | tuple[float, ...] | list[float],
+        median_shape: np.ndarray | tuple[int, ...],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict,
+    ) -> dict[str, Any]:
+        """nnU-Net's configuration for images no larger than the largest patch allowed here."""
+        dimensions = len(spacing)
+        full_shape = np.asarray(median_shape, dtype=float)[:dimensions]
+        limit = full_shape
+        # Shrinking by arithmetic first spares building a network for every step.
+        while np.prod(limit) > _MAX_PATCH_VOXELS:
+            limit = _shrink(limit, np.asarray(spacing, dtype=float))
+        while True:
+            plan = super().get_plans_for_configuration(
+                spacing, limit, data_identifier, approximate_n_voxels_dataset, _cache
+            )
+            voxels = int(np.prod(plan["patch_size"]))
+            if voxels <= _MAX_PATCH_VOXELS:
+                break
+            limit = _shrink(limit, np.asarray(spacing, dtype=float))
+        plan["median_image_size_in_voxels"] = median_shape
+        plan["batch_size"] = 2 if dimensions == 3 else int(np.clip(2 * _MAX_PATCH_VOXELS // voxels, 2, _MAX_BATCH_2D))
+        return plan
+
+
+def _shrink(shape: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Takes one tenth off the axis that is longest in millimetres, never below four voxels."""
+    shape = shape.copy()
+    axis = int(np.argmax(np.where(shape > 4, shape * spacing, 0)))
+    shape[axis] = max(4.0, shape[axis] * 0.9)
+    return shape

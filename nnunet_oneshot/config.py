@@ -25,8 +25,7 @@ class RegistrationConfig:
         max_voxels: Largest number of voxels of the grid on which images are compared; larger atlases are downsampled.
         similarity: ``"lncc"`` or ``"mse"``.
         lncc_kernel: Edge of the LNCC window, voxels of the registration grid.
-        smoothness: Weight of the diffusion energy of the velocity field.
-        bending: Weight of the bending energy of the velocity field.
+        smoothness: Weight of the diffusion energy of the velocity field, taken in physical units.
         velocity_downsample: The velocity grid is this many times coarser than the registration grid.
         integration_steps: Scaling-and-squaring steps.
         refine_iterations: Adam steps of the per-pair optimisation at each resolution level, coarse to fine.
@@ -42,13 +41,12 @@ class RegistrationConfig:
     affine: bool = True
     max_voxels: int = 2_097_152
     similarity: str = "lncc"
-    lncc_kernel: int = 7
-    smoothness: float = 1.0
-    bending: float = 0.0
+    lncc_kernel: int = 5
+    smoothness: float = 0.2
     velocity_downsample: int = 2
     integration_steps: int = 5
-    refine_iterations: tuple[int, ...] = (60, 60, 30)
-    refine_learning_rate: float = 0.2
+    refine_iterations: tuple[int, ...] = (40, 40, 20)
+    refine_learning_rate: float = 0.3
     network_iterations: int = 1000
     network_batch_size: int = 2
     network_learning_rate: float = 1e-3
@@ -157,8 +155,8 @@ class OneShotConfig:
                 parsed = json.loads(overrides)
             except json.JSONDecodeError as error:
                 raise OneShotError(
-                    f"The environment variable {OVERRIDES_VARIABLE} is not valid JSON ({error}): set it to a JSON object "
-                    f'such as {{"seed": 1}}, or unset it.'
+                    f"The environment variable {OVERRIDES_VARIABLE} is not valid JSON ({error}): set it to a JSON "
+                    f'object such as {{"seed": 1}}, or unset it.'
                 ) from error
             block = _merge(block, parsed)
             where += f" with {OVERRIDES_VARIABLE} merged in"
@@ -175,7 +173,7 @@ _CHOICES = {
     "hint": ("voxel", "voxel_raw", "global", "none"),
 }
 _PROBABILITIES = ("p_scale", "p_mix", "p_random", "p_appearance", "corruption", "unlabelled_fraction", "warmup_epochs")
-_AT_LEAST_ONE = ("corruption_block",)
+_AT_LEAST_ONE = ("corruption_block", "levels")
 _NESTED = {
     "registration": RegistrationConfig,
     "synthesis": SynthesisConfig,
@@ -201,7 +199,8 @@ def _build(cls: type, block: Any, where: str) -> Any:
     unknown = sorted(set(block) - set(fields))
     if unknown:
         raise OneShotError(
-            f"{where} has unknown settings {unknown}: known are {sorted(fields)}. Remove or rename them in the plans file."
+            f"{where} has unknown settings {unknown}: known are {sorted(fields)}. Remove or rename them in the plans "
+            f"file."
         )
     values = {}
     for name, value in block.items():

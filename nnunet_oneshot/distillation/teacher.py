@@ -92,38 +92,50 @@ class Distiller(nn.Module):
             return self.config.hint_weight
         return self.config.hint_weight * progress / self.config.warmup_epochs
 
-    def forward(
+    def reconstruct(self, real: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The teacher's loss on real patches, and its features for `hint`.
+
+        Both come from one pass over the (where configured) corrupted patches.
+
+        Args:
+            real: Real patches ``(B, C, *spatial)``.
+
+        Returns:
+            ``(loss, features)``: mean squared error times the configured weight (the paper's lambda_recon), and the
+            detached features, full resolution first.
+        """
+        config = self.config
+        seen = mask_patches(real, share=config.corruption, block=config.corruption_block)
+        reconstruction, features = self._features(self.teacher, seen)
+        loss = config.reconstruction_weight * reconstruction_loss(reconstruction, real)
+        return loss, [level.detach() for level in features[: config.levels]]
+
+    def hint(
         self,
         student: Sequence[torch.Tensor],
-        real: torch.Tensor,
+        teacher: Sequence[torch.Tensor],
         weight: torch.Tensor | None = None,
         *,
         hint_weight: float,
-    ) -> dict[str, torch.Tensor]:
-        """The losses of one batch, to be added to the segmentation loss as they are.
+    ) -> torch.Tensor:
+        """The loss that draws the student's features to the teacher's, to be added to the segmentation loss as it is.
 
         ``hint_weight`` multiplies the gradient that reaches the student rather than the loss, so that the projections
         learn at full strength while the student is still left alone: when the weight rises, they are not random.
 
         Args:
-            student: The student's features on the synthetic patch, full resolution first.
-            real: The real patch ``(B, C, *spatial)`` aligned with it.
-            weight: Trust in each sample's alignment ``(B,)``; it weighs the hint, not the reconstruction.
+            student: The student's features on synthetic patches, full resolution first.
+            teacher: The teacher's on the real patches aligned with them.
+            weight: Trust in each sample's alignment ``(B,)``.
             hint_weight: Weight of the hint for the student (the paper's lambda_hint).
 
         Returns:
-            ``"hint"``: sum over the levels, as in the paper, at weight 1.
-            ``"reconstruction"``: mean squared error times the configured weight (lambda_recon).
+            The sum over the levels, as in the paper, at weight 1.
         """
-        config = self.config
-        seen = mask_patches(real, share=config.corruption, block=config.corruption_block) if config.corruption else real
-        reconstruction, teacher = self._features(self.teacher, seen)
-        losses = {
-            "hint": real.new_zeros(()),
-            "reconstruction": config.reconstruction_weight * reconstruction_loss(reconstruction, real),
-        }
-        if config.hint != "none":
-            for projection, own, other in zip(self.projections, student, teacher, strict=False):
-                projected = projection(scale_gradient(own, hint_weight))
-                losses["hint"] = losses["hint"] + _HINTS[config.hint](projected, other, weight)
-        return losses
+        total = teacher[0].new_zeros((), dtype=torch.float32)
+        if self.config.hint == "none":
+            return total
+        for projection, own, other in zip(self.projections, student, teacher, strict=False):
+            projected = projection(scale_gradient(own, hint_weight))
+            total = total + _HINTS[self.config.hint](projected, other, weight)
+        return total

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 MIN_OVERLAP = 0.3
 MARGIN = 0.1
+
+
+def decide_mirror_axes(
+    setting: str | Sequence[int],
+    *,
+    dim: int,
+    load_atlas_segs: Callable[[], Sequence[np.ndarray]],
+    ignore_label: int | None = None,
+) -> tuple[tuple[int, ...], str]:
+    """The axes of the patch that are mirrored in training and at test time.
+
+    Args:
+        setting: ``"auto"`` (see `allowed_mirror_axes`) or the axes that the plans allow.
+        dim: Number of axes of the patch; a 2D patch lies in the last two axes of a volume.
+        load_atlas_segs: Gives the atlases' label maps; called for ``"auto"`` only.
+        ignore_label: A label that marks unlabelled voxels.
+
+    Returns:
+        ``(axes, sentence)``: the axes, and what a log should say about them.
+    """
+    every = tuple(range(dim))
+    if setting != "auto":
+        axes = tuple(axis for axis in every if axis in setting)
+        return axes, f"Mirroring: axes {list(axes)}, as the plans say."
+    offset = 3 - dim
+    volume_axes = allowed_mirror_axes(load_atlas_segs(), [axis + offset for axis in every], ignore_label=ignore_label)
+    axes = tuple(axis - offset for axis in volume_axes)
+    dropped = [axis for axis in every if axis not in axes]
+    if not dropped:
+        return axes, f"Mirroring: axes {list(axes)}; none of them exchanges labels of the atlas."
+    return axes, (
+        f"Mirroring: axes {list(axes)}. Left out: {dropped}, where mirroring the atlas lays labels on other labels "
+        f'(left on right). Set "mirror_axes" in the plans\' "oneshot" block to decide otherwise.'
+    )
 
 
 def allowed_mirror_axes(
@@ -18,10 +52,10 @@ def allowed_mirror_axes(
     Labels of the left and the right (left and right hippocampus) change places in a mirrored image, but nnU-Net would
     keep their names: a network trained on one atlas that way cannot tell them apart.
 
-    The rule, for each axis: mirror the label map about the plane on which its foreground overlaps its mirror image most.
+    The rule, for each axis: mirror the label map about the plane where its foreground overlaps its mirror image most.
     The axis is left out if, in any of the atlases, a mirrored label lands on another one rather than on itself: if its
     Dice with another label is at least 0.3, and at least 0.1 above its Dice with itself. Leaving out an axis that could
-    have been mirrored costs some augmentation; mirroring one that exchanges labels costs those labels, so the bar is low.
+    have been mirrored costs some augmentation, mirroring one that exchanges labels costs those labels: so a low bar.
 
     Args:
         atlas_segs: Label maps ``(1, X, Y, Z)`` or ``(X, Y, Z)``; values below 1 are background.

@@ -42,12 +42,15 @@ def test_teacher_returns_the_image_channels(architecture, dim):
     assert teacher(x).shape == x.shape
 
 
+def losses_of(own, net, synthetic, real, weight=None, *, hint_weight=1.0):
+    reconstruction, teacher = own.reconstruct(real)
+    return own.hint(decoder_features(net, synthetic)[1], teacher, weight, hint_weight=hint_weight), reconstruction
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_hint_moves_the_student_and_never_the_teacher(form):
     own, net = distiller(hint=form), student(2)
-    synthetic, real = batch()
-    losses = own(decoder_features(net, synthetic)[1], real, hint_weight=1.0)
-    losses["hint"].backward()
+    losses_of(own, net, *batch())[0].backward()
     assert moved(net)
     assert not gradients(own.teacher)
     assert moved(own.projections) == (form == "voxel")
@@ -55,8 +58,7 @@ def test_hint_moves_the_student_and_never_the_teacher(form):
 
 def test_reconstruction_moves_the_teacher_alone():
     own, net = distiller(), student(2)
-    synthetic, real = batch()
-    own(decoder_features(net, synthetic)[1], real, hint_weight=1.0)["reconstruction"].backward()
+    losses_of(own, net, *batch())[1].backward()
     assert moved(own.teacher)
     assert not gradients(net)
     assert not gradients(own.projections)
@@ -64,20 +66,19 @@ def test_reconstruction_moves_the_teacher_alone():
 
 def test_weight_zero_leaves_the_student_alone_while_projections_learn():
     own, net = distiller(), student(2)
-    synthetic, real = batch()
-    own(decoder_features(net, synthetic)[1], real, hint_weight=0.0)["hint"].backward()
+    losses_of(own, net, *batch(), hint_weight=0.0)[0].backward()
     assert not gradients(net)
     assert moved(own.projections)
 
 
 def test_hint_weight_scales_the_gradient_of_the_student_only():
     own, net = distiller(), student(2)
-    synthetic, real = batch()
+    images = batch()
     norms = {}
     for weight in (1.0, 0.5):
         net.zero_grad()
         own.zero_grad()
-        own(decoder_features(net, synthetic)[1], real, hint_weight=weight)["hint"].backward()
+        losses_of(own, net, *images, hint_weight=weight)[0].backward()
         norms[weight] = [torch.stack([g.norm() for g in gradients(m)]).norm().item() for m in (net, own.projections)]
     assert norms[0.5][0] == pytest.approx(0.5 * norms[1.0][0], rel=1e-4)
     assert norms[0.5][1] == pytest.approx(norms[1.0][1], rel=1e-4)
@@ -86,53 +87,46 @@ def test_hint_weight_scales_the_gradient_of_the_student_only():
 @pytest.mark.parametrize("form", FORMS)
 def test_training_aligns_the_features(form):
     own, net = distiller(hint=form), student(2)
-    synthetic, real = batch()
+    images = batch()
     optimizer = torch.optim.Adam([*net.parameters(), *own.projections.parameters()], lr=1e-2)
     history = []
     for _ in range(15):
         optimizer.zero_grad()
-        loss = own(decoder_features(net, synthetic)[1], real, hint_weight=1.0)["hint"]
-        loss.backward()
+        hint, _ = losses_of(own, net, *images)
+        hint.backward()
         optimizer.step()
-        history.append(loss.item())
+        history.append(hint.item())
     assert history[-1] < 0.8 * history[0]
 
 
 def test_no_hint_leaves_reconstruction():
-    own, net = distiller(hint="none"), student(2)
-    synthetic, real = batch()
-    losses = own(decoder_features(net, synthetic)[1], real, hint_weight=1.0)
-    assert losses["hint"].item() == 0
-    assert losses["reconstruction"].item() > 0
+    hint, reconstruction = losses_of(distiller(hint="none"), student(2), *batch())
+    assert hint.item() == 0
+    assert reconstruction.item() > 0
 
 
-def test_sample_weights_weigh_the_hint_only():
+def test_sample_weights_weigh_the_hint():
     own, net = distiller(hint="voxel_raw"), student(2)
-    synthetic, real = batch()
-    features = decoder_features(net, synthetic)[1]
-    full = own(features, real, hint_weight=1.0)
-    none = own(features, real, torch.zeros(2), hint_weight=1.0)
-    assert none["hint"].item() == 0
-    assert none["reconstruction"].item() == full["reconstruction"].item()
+    images = batch()
+    assert losses_of(own, net, *images, torch.zeros(2))[0].item() == 0
+    full, half = (losses_of(own, net, *images, torch.full((2,), share))[0].item() for share in (1.0, 0.5))
+    assert half == pytest.approx(0.5 * full)
 
 
 def test_hint_is_the_sum_over_levels():
-    synthetic, real = batch()
-    features = decoder_features(student(2), synthetic)[1]
+    images, net = batch(), student(2)
     two = distiller(hint="global", levels=2)
     one = Distiller(two.teacher, DistillationConfig(hint="global", levels=1))
-    last = Distiller(two.teacher, DistillationConfig(hint="global", levels=9))
-    values = [d(features, real, hint_weight=1.0)["hint"].item() for d in (one, two, last)]
+    more = Distiller(two.teacher, DistillationConfig(hint="global", levels=9))
+    values = [losses_of(d, net, *images)[0].item() for d in (one, two, more)]
     assert 0 < values[0] < values[1] == values[2]
 
 
 def test_reconstruction_weight_multiplies():
-    synthetic, real = batch()
+    _, real = batch()
     single = distiller(reconstruction_weight=1.0)
     triple = Distiller(single.teacher, DistillationConfig(reconstruction_weight=3.0))
-    features = decoder_features(student(2), synthetic)[1]
-    values = [d(features, real, hint_weight=1.0)["reconstruction"].item() for d in (single, triple)]
-    assert values[1] == pytest.approx(3 * values[0])
+    assert triple.reconstruct(real)[0].item() == pytest.approx(3 * single.reconstruct(real)[0].item())
 
 
 def test_corruption_changes_what_the_teacher_sees_not_its_target():
@@ -145,7 +139,7 @@ def test_corruption_changes_what_the_teacher_sees_not_its_target():
     real = torch.rand(1, 1, 16, 16)
     config = DistillationConfig(corruption=0.5, corruption_block=4)
     own = Distiller(build_teacher(configuration(2), 1), config, features=spy)
-    loss = own(decoder_features(student(2), real)[1], real, hint_weight=1.0)["reconstruction"]
+    loss, _ = own.reconstruct(real)
     assert (seen[0] != real).float().mean().item() == pytest.approx(0.5)
     assert loss.item() == pytest.approx((own.teacher(seen[0]) - real).square().mean().item(), rel=1e-5)
 

@@ -1,0 +1,58 @@
+"""Reads images of the preprocessed dataset without touching their labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_oneshot.errors import OneShotError
+
+
+def load_image(folder: str, case: str) -> np.ndarray:
+    """The preprocessed image of a case; the file of its label is not opened.
+
+    Args:
+        folder: A configuration's folder of preprocessed data.
+        case: Name of the case.
+
+    Returns:
+        (C, X, Y, Z).
+
+    Raises:
+        OneShotError: The image is missing or unreadable.
+    """
+    import blosc2
+
+    base = Path(folder)
+    try:
+        if (path := base / f"{case}.b2nd").is_file():
+            return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})[:]
+        if (path := base / f"{case}.npy").is_file():
+            return np.load(path)
+        with np.load(path := base / f"{case}.npz") as arrays:
+            return arrays["data"]
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise OneShotError(
+            f"The preprocessed image {path} cannot be read ({error}). Preprocess the dataset again with "
+            f"`nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, `nnUNetv2_preprocess`."
+        ) from error
+
+
+def check_preprocessed(folder: str, configuration: str) -> None:
+    """Makes sure that a configuration has been preprocessed.
+
+    Args:
+        folder: Its folder of preprocessed data.
+        configuration: Its name, for the error.
+
+    Raises:
+        OneShotError: The folder is missing or holds no preprocessed case.
+    """
+    base = Path(folder)
+    if not base.is_dir() or not any(base.glob("*.pkl")):
+        found = "holds no preprocessed case" if base.is_dir() else "does not exist"
+        raise OneShotError(
+            f"The folder {folder} {found}, so configuration {configuration} has not been preprocessed: run "
+            f"`nnunet_oneshot plan_and_preprocess -d DATASET -c {configuration}` first."
+        )

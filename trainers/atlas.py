@@ -1,0 +1,31 @@
+"""For comparison: nnU-Net on the atlas alone."""
+
+from __future__ import annotations
+
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+from nnunet_oneshot.trainers.base import OneShotTrainer
+
+
+class OneShotAtlasTrainer(OneShotTrainer):
+    """nnU-Net's own training with the labelled case as its only training case; unlabelled images are not used.
+
+    Progress is watched on the atlas itself, so that no validation label is read.
+    """
+
+    def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
+        patch_size = self.configuration_manager.patch_size
+
+        def build(size, transforms) -> nnUNetDataLoader:
+            return nnUNetDataLoader(
+                self.dataset_class(self.preprocessed_dataset_folder, list(self.roles.atlases)),
+                self.batch_size,
+                size,
+                patch_size,
+                self.label_manager,
+                oversample_foreground_percent=self.oversample_foreground_percent,
+                probabilistic_oversampling=self.probabilistic_oversampling,
+                transforms=transforms,
+            )
+
+        return build(initial_patch_size, training), build(patch_size, validation)

@@ -1,0 +1,186 @@
+"""The trainer that the others derive from: nnU-Net's, with one-shot cases, splits, validation and checkpoints."""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_oneshot.checkpoints import loading_checkpoint, saving_checkpoint
+from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.data.labelled import labelled_cases
+from nnunet_oneshot.data.preprocessed import check_preprocessed
+from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
+from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.io import require_env, writing
+from nnunet_oneshot.seeding import derive_seed, seed_everything
+from nnunet_oneshot.synthesis.data_loader import wrap_workers
+from nnunet_oneshot.synthesis.mirroring import decide_mirror_axes
+
+CUDA = torch.device("cuda")
+
+
+class OneShotTrainer(nnUNetTrainer):
+    """nnU-Net's trainer for one labelled volume; the trainers that users name differ in loaders and losses.
+
+    Network, optimiser, schedule, augmentation, validation and files are nnU-Net's. In training only the atlases' labels
+    are read; final validation scores the validation cases that have one.
+    """
+
+    epochs: ClassVar[int] = 1000
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
+    ) -> None:
+        require_env("nnUNet_preprocessed", "nnUNet_results")
+        _check_supported(plans, configuration)
+        self.config = OneShotConfig.from_plans(plans)
+        with writing(os.environ["nnUNet_results"]):
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.epochs
+        self._roles: CaseRoles | None = None
+        self._scored_cases: list[str] | None = None
+
+    def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
+        """The training and the progress loader.
+
+        Args:
+            training: Transforms of training patches.
+            validation: Transforms of progress patches.
+            initial_patch_size: Size of a patch before augmentation crops it.
+            seeds: Seeds of both loaders.
+        """
+        raise NotImplementedError
+
+    def initialize(self) -> None:
+        check_preprocessed(self.preprocessed_dataset_folder, self.configuration_name)
+        seed_everything(self.config.seed)
+        super().initialize()
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        cases, labelled = self._cases(), self._labelled_cases()
+        train, val = resolve_fold(self.preprocessed_dataset_folder_base, cases, labelled, self.fold)
+        return train, (val if self._scored_cases is None else self._scored_cases)
+
+    @property
+    def roles(self) -> CaseRoles:
+        """Atlases, unlabelled and progress cases of the fold, decided and logged when first asked for."""
+        if self._roles is None:
+            train, val = self.do_split()
+            self._roles = resolve_roles(
+                plans=self.plans_manager.plans,
+                config=self.config,
+                preprocessed_dataset_folder_base=self.preprocessed_dataset_folder_base,
+                preprocessed_dataset_folder=self.preprocessed_dataset_folder,
+                train_keys=train,
+                val_keys=val,
+                labelled=self._labelled_cases(),
+                fold=self.fold,
+                log=self.print_to_log_file,
+            )
+        return self._roles
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
+        rotation, dummy_2d, initial_patch_size, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        axes, sentence = decide_mirror_axes(
+            self.config.mirror_axes,
+            dim=len(self.configuration_manager.patch_size),
+            load_atlas_segs=self._load_atlas_segs,
+            ignore_label=self.label_manager.ignore_label,
+        )
+        self.print_to_log_file(sentence)
+        # nnU-Net's predictor wants None rather than an empty tuple.
+        self.inference_allowed_mirroring_axes = axes or None
+        return rotation, dummy_2d, initial_patch_size, axes
+
+    def get_dataloaders(self) -> tuple:
+        rotation, dummy_2d, initial_patch_size, axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        labels, configuration = self.label_manager, self.configuration_manager
+        scales = self._get_deep_supervision_scales()
+        targets = {
+            "foreground_labels": labels.foreground_labels,
+            "regions": labels.foreground_regions if labels.has_regions else None,
+            "ignore_label": labels.ignore_label,
+        }
+        masks = configuration.use_mask_for_norm
+        training = self.get_training_transforms(
+            configuration.patch_size, rotation, scales, axes, dummy_2d, use_mask_for_norm=masks, **targets
+        )
+        validation = self.get_validation_transforms(scales, **targets)
+        # A resumed run goes on with other patches than those it started with.
+        seeds = [derive_seed(self.config.seed, self.current_epoch, stream) for stream in (0, 1)]
+        loaders = self.build_loaders(training, validation, initial_patch_size, seeds)
+        processes = get_allowed_n_proc_DA()
+        numbers = (processes, max(1, processes // 2) if processes else 0)
+        pin = self.device.type == "cuda"
+        return tuple(wrap_workers(*arguments, pin) for arguments in zip(loaders, numbers, seeds, strict=True))
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        _, val = self.do_split()
+        labelled = set(self._labelled_cases())
+        scored = [case for case in val if case in labelled]
+        if not scored:
+            reason = "none of its validation cases has a label" if val else "it has no validation case"
+            self.print_to_log_file(
+                f"Final validation: there is nothing to score for fold {self.fold}, since {reason}. The model is "
+                f"complete: predict images with nnUNetv2_predict and look at the results."
+            )
+            maybe_mkdir_p(join(self.output_folder, "validation"))
+            return
+        if len(scored) < len(val):
+            self.print_to_log_file(f"Final validation: {len(scored)} of {len(val)} cases have a label and are scored.")
+        self._scored_cases = scored
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self._scored_cases = None
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        with saving_checkpoint(filename) as temporary:
+            super().save_checkpoint(str(temporary))
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        advice = "Delete it and resume with --c from the checkpoint before it, or train again without --c."
+        with loading_checkpoint(filename_or_checkpoint, advice=advice):
+            super().load_checkpoint(filename_or_checkpoint)
+
+    def _cases(self) -> list[str]:
+        check_preprocessed(self.preprocessed_dataset_folder, self.configuration_name)
+        if self.dataset_class is None:
+            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        return sorted(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+
+    def _labelled_cases(self) -> list[str]:
+        return labelled_cases(self.preprocessed_dataset_folder_base, self.dataset_json, self._cases())
+
+    def _load_atlas_segs(self) -> list:
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, list(self.roles.atlases))
+        return [dataset.load_case(case)[1][:] for case in dataset.identifiers]
+
+
+def _check_supported(plans: dict, configuration: str) -> None:
+    """Refuses what the trainers do not do, before nnU-Net makes any folder."""
+    name = plans.get("plans_name")
+    if configuration not in plans["configurations"]:
+        raise OneShotError(
+            f"Plans {name!r} have no configuration {configuration!r}: choose one of {sorted(plans['configurations'])}."
+        )
+    if PlansManager(plans).get_configuration(configuration).previous_stage_name is not None:
+        raise OneShotError(
+            f"Configuration {configuration!r} of plans {name!r} is the second stage of a cascade, which the one-shot "
+            f"trainers do not support: train 3d_fullres or 3d_lowres."
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise OneShotError("The one-shot trainers run on one device: train with -num_gpus 1.")

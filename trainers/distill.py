@@ -1,0 +1,132 @@
+"""The full method: the student learns from synthetic patches and from a teacher that reconstructs the real ones."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import isfile, join
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.utilities.helpers import dummy_context
+from torch._dynamo import OptimizedModule
+
+from nnunet_oneshot.checkpoints import saving_checkpoint
+from nnunet_oneshot.distillation.features import decoder_features
+from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
+from nnunet_oneshot.distillation.teacher_file import load_teacher, save_teacher, teacher_file
+from nnunet_oneshot.trainers.base import CUDA
+from nnunet_oneshot.trainers.synthesis import OneShotSynthesisTrainer
+
+_GRADIENT_NORM = 12  # nnU-Net's
+
+
+class OneShotDistillTrainer(OneShotSynthesisTrainer):
+    """Reconstruction-guided distillation (arXiv 2408.03616).
+
+    The teacher reconstructs the real patch; the student segments the synthetic patch aligned with it and is drawn
+    towards the teacher's features. The checkpoints hold the student alone; the teacher lies in a file beside each.
+    """
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.distiller: Distiller | None = None
+        self.teacher_optimizer = self.teacher_scheduler = None
+        self._resumed_from: str | None = None
+
+    def initialize(self) -> None:
+        super().initialize()
+        # nnU-Net compiles the network's forward pass, which gives no features: the function that does is compiled.
+        self._features = torch.compile(decoder_features) if self._do_i_compile() else decoder_features
+        settings = self.config.distillation
+        teacher = build_teacher(self.configuration_manager, self.num_input_channels)
+        self.distiller = Distiller(teacher, settings, features=self._features).to(self.device)
+        self.teacher_optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=settings.teacher_learning_rate)
+        self.teacher_scheduler = PolyLRScheduler(
+            self.teacher_optimizer, settings.teacher_learning_rate, self.num_epochs
+        )
+
+    def on_train_start(self) -> None:
+        if self._resumed_from is not None:
+            load_teacher(self._resumed_from, self.distiller, self.teacher_optimizer, self.current_epoch, self.device)
+        super().on_train_start()
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.distiller.train()
+        self.teacher_scheduler.step(self.current_epoch)
+
+    def train_step(self, batch: dict) -> dict:
+        data, real, weight = (batch[key].to(self.device, non_blocking=True) for key in ("data", "real", "weight"))
+        target = batch["target"]
+        if isinstance(target, list):
+            target = [part.to(self.device, non_blocking=True) for part in target]
+        else:
+            target = target.to(self.device, non_blocking=True)
+        student = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+
+        self.optimizer.zero_grad(set_to_none=True)
+        self.teacher_optimizer.zero_grad(set_to_none=True)
+        # One network after the other, so that the activations of only one are held.
+        with self._autocast():
+            reconstruction, teacher_features = self.distiller.reconstruct(real)
+        self._scaled(reconstruction).backward()
+        with self._autocast():
+            output, features = self._features(student, data)
+            segmentation = self.loss(output, target)
+            hint = self.distiller.hint(features, teacher_features, weight, hint_weight=self._hint_weight())
+        self._scaled(segmentation + hint).backward()
+        self._step()
+        losses = {"loss": segmentation, "hint": hint, "reconstruction": reconstruction}
+        return {name: value.detach().cpu().numpy() for name, value in losses.items()}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        super().on_train_epoch_end(train_outputs)
+        hint, reconstruction = (np.mean([o[name] for o in train_outputs]) for name in ("hint", "reconstruction"))
+        self.print_to_log_file(
+            f"hint {hint:.4f} (weight {self._hint_weight():.4f}), reconstruction {reconstruction:.4f}"
+        )
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        latest = teacher_file(join(self.output_folder, "checkpoint_latest.pth"))
+        if isfile(latest):
+            os.remove(latest)
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        # The teacher is written first and takes its place last, so that both files change together.
+        with saving_checkpoint(teacher_file(filename)) as temporary:
+            save_teacher(str(temporary), self.distiller, self.teacher_optimizer, self.current_epoch + 1)
+            super().save_checkpoint(filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        # Validation needs no teacher: its file is read when training starts.
+        self._resumed_from = filename_or_checkpoint
+
+    def _hint_weight(self) -> float:
+        return self.distiller.hint_weight(self.current_epoch / self.num_epochs)
+
+    def _autocast(self):
+        return torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context()
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+
+    def _step(self) -> None:
+        """One step of both optimisers with gradients clipped as nnU-Net does."""
+        for module, optimizer in ((self.network, self.optimizer), (self.distiller, self.teacher_optimizer)):
+            if self.grad_scaler is not None:
+                self.grad_scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(module.parameters(), _GRADIENT_NORM)
+            if self.grad_scaler is not None:
+                self.grad_scaler.step(optimizer)
+            else:
+                optimizer.step()
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()

@@ -128,10 +128,11 @@ def make_fingerprint(
 
 
 def save_fingerprint(fingerprint: Mapping[str, Any], folder: Path) -> None:
-    """Writes the fingerprint, and nnU-Net's where there is none."""
+    """Writes the fingerprint, and a copy as nnU-Net's unless nnU-Net made one itself."""
     save_json_atomic(fingerprint, folder / FINGERPRINT_FILE)
-    if not (folder / _NNUNET_FINGERPRINT_FILE).is_file():
-        save_json_atomic(fingerprint, folder / _NNUNET_FINGERPRINT_FILE)
+    copy = folder / _NNUNET_FINGERPRINT_FILE
+    if not copy.is_file() or "oneshot" in load_json_checked(copy, "nnU-Net's fingerprint"):
+        save_json_atomic(fingerprint, copy)
 
 
 def load_fingerprint(folder: Path) -> dict[str, Any]:

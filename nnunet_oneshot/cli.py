@@ -149,6 +149,44 @@ def _add_plan_and_preprocess(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_plan_and_preprocess)
 
 
+def _propagate(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.evaluation.propagation import propagate
+
+    propagate(
+        dataset=options.d,
+        configuration=options.c,
+        plans_name=options.p,
+        fold=options.f,
+        images=options.i,
+        out=options.o,
+        method=options.method,
+        device=options.device,
+    )
+
+
+def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "propagate",
+        help="segment by label propagation: the baseline without a network",
+        description="Registers the atlas to the validation cases of a fold (scored where they have labels) or to new "
+        "images, and writes the warped labels in the original grid of each image.",
+    )
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
+    parser.add_argument("-p", required=True, metavar="PLANS", help="name of the plans")
+    parser.add_argument("-f", default="0", metavar="FOLD", help="whose atlas and validation cases (default: 0)")
+    parser.add_argument("-i", metavar="FOLDER", help="images to segment instead of validation cases")
+    parser.add_argument("-o", required=True, metavar="FOLDER", help="where the segmentations are written")
+    parser.add_argument(
+        "--method",
+        choices=["registration", "affine", "syn"],
+        default="registration",
+        help="registration of this package, its affine stage alone, or ANTs SyN (default: registration)",
+    )
+    parser.add_argument("--device", default="cpu", help="where the registration runs (default: cpu)")
+    parser.set_defaults(run=_propagate)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command, one subparser for each subcommand."""
     parser = argparse.ArgumentParser(
@@ -161,6 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_env(subparsers)
     _add_plan_and_preprocess(subparsers)
     _add_export(subparsers)
+    _add_propagate(subparsers)
     return parser
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nnunet_oneshot.checkpoints import loading_checkpoint
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.prepared import dataset_name
@@ -25,6 +26,7 @@ from nnunet_oneshot.io import load_json_checked, require_env, writing
 
 STOCK_TRAINER = "nnUNetTrainer"
 CHECKPOINT = "checkpoint_final.pth"
+_KEPT = ("inference_allowed_mirroring_axes", "current_epoch")
 # Two runs of the same network on the same device differ by rounding at most.
 _TOLERANCE = 1e-3
 
@@ -135,8 +137,7 @@ def _write_model(source: Path, model: Path, *, folds: Sequence[str], configurati
                 "dataset_json": dataset_json,
                 "device": "cpu",
             },
-            "inference_allowed_mirroring_axes": checkpoint.get("inference_allowed_mirroring_axes"),
-            "current_epoch": checkpoint["current_epoch"],
+            **{key: checkpoint[key] for key in _KEPT},
         }
         folder = model / f"fold_{fold}"
         folder.mkdir(parents=True)
@@ -147,15 +148,10 @@ def _write_model(source: Path, model: Path, *, folds: Sequence[str], configurati
 
 
 def _load_checkpoint(path: Path) -> dict:
-    try:
+    advice = "Train this fold again, or leave it out with -f."
+    with loading_checkpoint(path, advice=advice):
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        return {**checkpoint, "network_weights": checkpoint["network_weights"]}
-    # torch raises whatever the damage causes: RuntimeError, EOFError, UnpicklingError, KeyError, OSError.
-    except Exception as error:
-        raise OneShotError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}): it is damaged or not nnU-Net's. "
-            f"Train this fold again, or leave it out with -f."
-        ) from error
+        return {key: checkpoint.get(key) for key in _KEPT} | {"network_weights": checkpoint["network_weights"]}
 
 
 def _compare(source: Path, model: Path, *, folds: Sequence[str], images: str | Path | None, device: str) -> str:

@@ -66,9 +66,9 @@ def score_label(
             f"shape and number of axes."
         )
     spacing = [float(s) for s in spacing]
-    diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(reference.shape, spacing, strict=True)))
     while reference.ndim > 2 and reference.shape[0] == 1:
         prediction, reference, spacing = prediction[0], reference[0], spacing[1:]
+    diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(reference.shape, spacing, strict=True)))
     found, present = bool(prediction.any()), bool(reference.any())
     if not found and not present:
         return LabelScores(math.nan, math.nan, math.nan)

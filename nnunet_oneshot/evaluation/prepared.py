@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env
 
@@ -35,6 +36,7 @@ class PreparedDataset:
         name: ``DatasetXXX_Name``.
         base: Its folder in ``nnUNet_preprocessed``.
         plans: Content of the plans file.
+        plans_name: The plans' file is called after it.
         dataset_json: Content of ``dataset.json``.
         configuration: Such as ``3d_fullres``.
     """
@@ -42,6 +44,7 @@ class PreparedDataset:
     name: str
     base: Path
     plans: dict[str, Any]
+    plans_name: str
     dataset_json: dict[str, Any]
     configuration: str
 
@@ -68,12 +71,8 @@ class PreparedDataset:
                 f"{sorted(plans.get('configurations', {}))}. Correct -c."
             )
         dataset_json = load_json_checked(base / "dataset.json", "the dataset's description")
-        prepared = cls(name, base, plans, dataset_json, configuration)
-        if not prepared.folder.is_dir() or not any(prepared.folder.iterdir()):
-            raise OneShotError(
-                f"{prepared.folder} holds no preprocessed cases: run `nnunet_oneshot plan_and_preprocess -d {dataset} "
-                f"-c {configuration}` first."
-            )
+        prepared = cls(name, base, plans, plans_name, dataset_json, configuration)
+        check_preprocessed(str(prepared.folder), configuration)
         return prepared
 
     @cached_property
@@ -112,8 +111,8 @@ class PreparedDataset:
         return infer_dataset_class(str(self.folder))(str(self.folder))
 
     def image(self, case: str) -> np.ndarray:
-        """Preprocessed image (C, X, Y, Z)."""
-        return np.asarray(self.cases.load_case(case)[0][:], dtype=np.float32)
+        """Preprocessed image (C, X, Y, Z) float32."""
+        return load_image(str(self.folder), case).astype(np.float32)
 
     def segmentation(self, case: str) -> np.ndarray:
         """Preprocessed label map (1, X, Y, Z) of a labelled case."""
@@ -122,6 +121,16 @@ class PreparedDataset:
     def properties(self, case: str) -> dict[str, Any]:
         """What nnU-Net's export needs to return to the original grid."""
         return self.cases.load_case(case)[3]
+
+    def spacing(self, properties: dict[str, Any]) -> list[float]:
+        """Three voxel edges (mm, array axis order) of a preprocessed array, given its properties.
+
+        A 2D configuration leaves the distance of the slices as it is in the file.
+        """
+        target = list(self.configuration_manager.spacing)
+        if len(target) == 3:
+            return target
+        return [properties["spacing"][self.plans_manager.transpose_forward[0]], *target]
 
     @property
     def identifiers(self) -> list[str]:

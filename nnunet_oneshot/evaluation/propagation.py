@@ -1,0 +1,274 @@
+"""Label propagation as a baseline: the atlas's labels warped to a case, written in the case's original grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.data.atlas import resolve_atlases
+from nnunet_oneshot.data.labelled import labelled_cases
+from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation.prepared import PreparedDataset
+from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.registration.cache import RegistrationCache
+from nnunet_oneshot.registration.dataset import register_dataset
+from nnunet_oneshot.registration.pairs import register_arrays
+from nnunet_oneshot.registration.warp import warp_label_probabilities
+
+METHODS = ("registration", "affine", "syn")
+
+
+def propagate(
+    *,
+    dataset: str,
+    configuration: str,
+    plans_name: str,
+    out: str | Path,
+    fold: str = "0",
+    images: str | Path | None = None,
+    method: str = "registration",
+    device: str = "cpu",
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Warps the labels of a fold's atlases to its validation cases, or to new images, and scores what has a label.
+
+    With several atlases the warped label probabilities are averaged.
+
+    Args:
+        dataset: Name or number of the dataset.
+        configuration: Such as ``3d_fullres``.
+        plans_name: Such as ``nnUNetOneShotPlans``.
+        out: Folder of the segmentations, of ``propagation.json`` (method, atlases, seconds) and, where validation
+            cases are labelled, of nnU-Net's ``summary.json``.
+        fold: Whose atlases are warped and, without ``images``, to whose validation cases.
+        images: Folder of images in nnU-Net's naming.
+        method: ``"registration"`` (ours), ``"affine"`` (its first stage) or ``"syn"`` (ANTs).
+        device: Where the registration runs.
+        log: Receives each line that is shown.
+
+    Returns:
+        The content of ``propagation.json``.
+
+    Raises:
+        OneShotError: Something does not exist, or there is nothing to propagate to.
+    """
+    prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
+    config = OneShotConfig.from_plans(prepared.plans)
+    base, identifiers = str(prepared.base), prepared.identifiers
+    labelled = labelled_cases(base, prepared.dataset_json, identifiers)
+    fold_or_all = fold if fold == "all" else int(fold)
+    train, validation = resolve_fold(base, identifiers, labelled, fold_or_all)
+    choice = resolve_atlases(base, config, train, validation, labelled, fold_or_all, prepared.image)
+    log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
+    out = Path(out).absolute()
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    cached = None
+    if images is None:
+        if not validation:
+            raise OneShotError(
+                f"Fold {fold} of {prepared.name} has no validation cases to propagate to: choose another fold with -f, "
+                f"or give images with -i."
+            )
+        if method == "registration":
+            cached = register_dataset(
+                plans=prepared.plans,
+                dataset_json=prepared.dataset_json,
+                configuration=configuration,
+                atlases=choice.atlases,
+                cases=validation,
+                preprocessed_dataset_folder_base=base,
+                config=config,
+                device=torch.device(device),
+                log=log,
+            )
+        cases = [(case, prepared.image(case), prepared.properties(case)) for case in validation]
+    else:
+        cases = _preprocessed_images(prepared, Path(images))
+    propagator = _Propagator(prepared, config, choice.atlases, method, torch.device(device), cached)
+    names = []
+    for case, image, properties in cases:
+        propagator.write(case, image, properties, out)
+        log(f"{case}: labels written")
+        names.append(case)
+    report = {
+        "method": method,
+        "atlases": list(choice.atlases),
+        "fold": fold,
+        "cases": names,
+        "seconds": round(time.monotonic() - start, 2),
+    }
+    save_json_atomic(report, out / "propagation.json")
+    if images is None:
+        scored = [case for case in validation if case in labelled]
+        if scored:
+            mean = score_folder(prepared, out, scored)["foreground_mean"]["Dice"]
+            log(f"Mean Dice over {len(scored)} validation cases: {mean:.4f} ({out / 'summary.json'})")
+        else:
+            log("No validation case has a label: there is nothing to score.")
+    return report
+
+
+class _Propagator:
+    """Warps the labels of some atlases to one case after another.
+
+    Args:
+        prepared: The atlases' dataset.
+        config: Settings of the registration.
+        atlases: Labelled cases.
+        method: One of `METHODS`.
+        device: Where the registration runs.
+        registrations: Registrations to the cases, or None: each case is registered when it comes, pair by pair.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedDataset,
+        config: OneShotConfig,
+        atlases: Sequence[str],
+        method: str,
+        device: torch.device,
+        registrations: RegistrationCache | None,
+    ) -> None:
+        if method not in METHODS:
+            raise OneShotError(f"Method {method!r} is not known: choose one of {list(METHODS)}.")
+        registration = dataclasses.replace(config.registration, method="refine")
+        if method == "affine":
+            # No iteration of the deformable stage leaves the affine map.
+            registration = dataclasses.replace(registration, refine_iterations=(0,))
+        self.registration = registration
+        self.prepared, self.config, self.method, self.device = prepared, config, method, device
+        self.registrations = registrations
+        self.labels = [int(label) for label in prepared.label_manager.all_labels]
+        self.atlases = {
+            atlas: (prepared.image(atlas), prepared.segmentation(atlas), prepared.spacing(prepared.properties(atlas)))
+            for atlas in atlases
+        }
+
+    def write(self, case: str, image: np.ndarray, properties: dict[str, Any], out: Path) -> None:
+        """Writes the segmentation of one preprocessed image (C, X, Y, Z) in its original grid."""
+        from nnunetv2.inference.export_prediction import export_prediction_from_logits
+
+        spacing = self.prepared.spacing(properties)
+        sums = [self._probabilities(atlas, case, image, spacing) for atlas in self.atlases]
+        logits = probabilities_to_logits(np.mean(sums, axis=0), self.labels, self.prepared.label_manager)
+        with writing(out):
+            export_prediction_from_logits(
+                torch.from_numpy(logits),
+                properties,
+                self.prepared.configuration_manager,
+                self.prepared.plans_manager,
+                self.prepared.dataset_json,
+                str(out / case),
+                num_threads_torch=torch.get_num_threads(),
+            )
+
+    def _probabilities(self, atlas: str, case: str, image: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+        """Warped label masks (labels, X, Y, Z) of one atlas."""
+        atlas_image, atlas_segmentation, atlas_spacing = self.atlases[atlas]
+        if self.method == "syn":
+            from nnunet_oneshot.evaluation.syn import syn_label_probabilities
+
+            return syn_label_probabilities(
+                atlas_image=atlas_image,
+                atlas_segmentation=atlas_segmentation,
+                image=image,
+                labels=self.labels,
+                atlas_spacing=atlas_spacing,
+                spacing=spacing,
+                seed=self.config.seed,
+            )
+        registration = self.registrations.load(atlas, case) if self.registrations else None
+        if registration is None:
+            registration = register_arrays(
+                atlas_image,
+                image,
+                atlas_spacing=atlas_spacing,
+                case_spacing=spacing,
+                config=self.registration,
+                device=self.device,
+            )
+        return warp_label_probabilities(registration, atlas_segmentation, self.labels)
+
+
+def probabilities_to_logits(probabilities: np.ndarray, labels: Sequence[int], label_manager: Any) -> np.ndarray:
+    """Label probabilities as the output of a network's heads, for nnU-Net's export.
+
+    Args:
+        probabilities: (len(labels), X, Y, Z), each 0 to 1.
+        labels: Values in the order of the first axis, 0 included.
+        label_manager: nnU-Net's; decides between labels and regions.
+
+    Returns:
+        (heads, X, Y, Z) float32. For labels, the probabilities: the largest wins, after resampling too. For regions,
+        the probability of any of their labels minus 0.5: positive where the region is more likely than not.
+    """
+    if not label_manager.has_regions:
+        return probabilities.astype(np.float32)
+    places = {label: index for index, label in enumerate(labels)}
+    regions = [np.atleast_1d(region) for region in label_manager.foreground_regions]
+    heads = [probabilities[[places[int(label)] for label in region]].sum(axis=0) for region in regions]
+    return np.stack(heads).astype(np.float32) - 0.5
+
+
+def score_folder(prepared: PreparedDataset, folder: Path, cases: Sequence[str]) -> dict[str, Any]:
+    """Writes nnU-Net's ``summary.json`` for those segmentations in ``folder`` whose cases are named; returns it."""
+    from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+
+    manager = prepared.label_manager
+    ending = prepared.file_ending
+    target = folder / "summary.json"
+    with writing(folder), tempfile.TemporaryDirectory(prefix=".scored-", dir=folder) as scored:
+        # nnU-Net scores every file of a folder, and validation cases without a label have none to be scored against.
+        for case in cases:
+            shutil.copyfile(folder / f"{case}{ending}", Path(scored) / f"{case}{ending}")
+        compute_metrics_on_folder(
+            str(prepared.labels_folder),
+            scored,
+            str(Path(scored) / "summary.json"),
+            prepared.plans_manager.image_reader_writer_class(),
+            ending,
+            manager.foreground_regions if manager.has_regions else manager.foreground_labels,
+            manager.ignore_label,
+            num_processes=1,
+        )
+        summary = load_json_checked(Path(scored) / "summary.json", "the scores")
+    for case in summary["metric_per_case"]:
+        case["prediction_file"] = str(folder / Path(case["prediction_file"]).name)
+    save_json_atomic(summary, target, sort_keys=True)
+    return summary
+
+
+def _preprocessed_images(prepared: PreparedDataset, folder: Path):
+    """Yields case, preprocessed image (C, X, Y, Z) and properties of every image of a folder."""
+    from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+
+    files = []
+    if folder.is_dir():
+        files = create_lists_from_splitted_dataset_folder(str(folder), prepared.file_ending, num_processes=1)
+    if not files:
+        raise OneShotError(
+            f"{folder} holds no images named CASE_0000{prepared.file_ending}: give -i a folder of images in nnU-Net's "
+            f"naming."
+        )
+    channels = len(prepared.dataset_json.get("channel_names") or prepared.dataset_json["modality"])
+    preprocessor = prepared.configuration_manager.preprocessor_class(verbose=False)
+    for names in files:
+        case = Path(names[0]).name.removesuffix(f"_0000{prepared.file_ending}")
+        if len(names) != channels:
+            raise OneShotError(f"{case} in {folder} has {len(names)} channel files: {prepared.name} has {channels}.")
+        image, _, properties = preprocessor.run_case(
+            names, None, prepared.plans_manager, prepared.configuration_manager, prepared.dataset_json
+        )
+        yield case, image.astype(np.float32), properties

@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_oneshot.data.parallel import run_on_cases
 from nnunet_oneshot.data.raw import RawDataset
-from nnunet_oneshot.data.verify import check_complete
+from nnunet_oneshot.data.verify import check_nifti
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_folder, writing
 
@@ -164,7 +164,7 @@ class UnusableLabelWarning(UserWarning):
 def _usable_label(reader: BaseReaderWriter, path: str, shape: tuple[int, ...]) -> np.ndarray | None:
     """The label (1, X, Y, Z), or None with a warning where it is unreadable or does not fit its image."""
     try:
-        check_complete(path)
+        check_nifti(path)
         label, _ = reader.read_seg(path)
         if label.shape != (1, *shape):
             raise ValueError(f"its shape is {label.shape[1:]}, the image's is {tuple(shape)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,13 +98,6 @@ def read_image(case: str, files: list[str], reader_class: type, channel_names: l
             f"Case {case} has {len(data)} channel(s) in {', '.join(files)}, but dataset.json names "
             f"{len(channel_names)}: {channel_names}. Add the missing files or correct channel_names."
         )
-    for channel, name in zip(data, channel_names, strict=True):
-        count = int(np.count_nonzero(~np.isfinite(channel)))
-        if count:
-            raise OneShotError(
-                f"Case {case}: channel {name!r} has {count} voxels that are NaN or infinite ({', '.join(files)}). "
-                f"Replace them, for example with the value of air."
-            )
     if all(channel.min() == channel.max() for channel in data):
         raise OneShotError(f"Case {case}: every voxel of {', '.join(files)} has the same value. Replace or remove it.")
     return CaseImage(data=data, properties=properties[0], warnings=warnings)
@@ -132,8 +124,6 @@ def read_label(raw: RawDataset, case: str, image: CaseImage) -> tuple[np.ndarray
             f"the image: draw or resample the label on the image's grid."
         )
     warnings = _compare_geometry(case, properties, path, image.properties, raw.images(case)[0])
-    if not np.isfinite(label).all():
-        raise OneShotError(f"Case {case}: the label {path} holds values that are NaN or infinite.")
     present = {float(value) for value in np.unique(label)}
     manager = raw.label_manager
     declared = {int(value) for value in manager.all_labels}
@@ -157,23 +147,19 @@ def read_label(raw: RawDataset, case: str, image: CaseImage) -> tuple[np.ndarray
     return label, warnings
 
 
-def check_complete(path: str) -> None:
-    """Raises when a NIfTI file holds fewer bytes than its header promises: SimpleITK fills the rest with zeros."""
+def check_nifti(path: str) -> None:
+    """Raises an error for what SimpleITK hides in NIfTI files: it puts 0 for missing bytes, NaN and infinity."""
     if not path.lower().endswith((".nii", ".nii.gz")):
         return
     import nibabel
 
-    header = nibabel.load(path).header
-    expected = int(header.get_data_offset()) + int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
-    if path.lower().endswith(".gz"):
-        found = 0
-        with gzip.open(path) as stream:
-            while block := stream.read(1 << 22):
-                found += len(block)
-    else:
-        found = Path(path).stat().st_size
-    if found < expected:
-        raise ValueError(f"it holds {found} bytes where its header promises {expected}")
+    stored = nibabel.load(path).dataobj.get_unscaled()
+    if stored.dtype.kind == "f" and (count := int(np.count_nonzero(~np.isfinite(stored)))):
+        raise NotFiniteError(f"{count} voxels are NaN or infinite")
+
+
+class NotFiniteError(ValueError):
+    """An image holds NaN or infinite values."""
 
 
 def _plain(value: float) -> int | float:
@@ -183,8 +169,15 @@ def _plain(value: float) -> int | float:
 def _read(case: str, path: str, reader_class: type) -> tuple[np.ndarray, dict[str, Any]]:
     """Reads one file with nnU-Net's reader, which does not notice every kind of damage itself."""
     try:
-        check_complete(path)
-        return reader_class().read_images([path])
+        check_nifti(path)
+        data, properties = reader_class().read_images([path])
+        if count := int(np.count_nonzero(~np.isfinite(data))):
+            raise NotFiniteError(f"{count} voxels are NaN or infinite")
+        return data, properties
+    except NotFiniteError as error:
+        raise OneShotError(
+            f"Case {case}: {error} in {path}. Replace them, for example with the value of air, or 0 in a label."
+        ) from error
     # Readers raise whatever the underlying library raises, from RuntimeError to zlib.error.
     except Exception as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[-1]

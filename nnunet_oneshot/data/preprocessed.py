@@ -56,3 +56,33 @@ def check_preprocessed(folder: str, configuration: str) -> None:
             f"The folder {folder} {found}, so configuration {configuration} has not been preprocessed: run "
             f"`nnunet_oneshot plan_and_preprocess -d DATASET -c {configuration}` first."
         )
+
+
+def load_segmentation(folder: str, case: str) -> np.ndarray:
+    """The preprocessed label map of a case; in training, only for atlases.
+
+    Args:
+        folder: A configuration's folder of preprocessed data.
+        case: Name of the case.
+
+    Returns:
+        (1, X, Y, Z), -1 outside the nonzero region of the image.
+
+    Raises:
+        OneShotError: The file is missing or unreadable.
+    """
+    import blosc2
+
+    base = Path(folder)
+    try:
+        if (path := base / f"{case}_seg.b2nd").is_file():
+            return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})[:]
+        if (path := base / f"{case}_seg.npy").is_file():
+            return np.load(path)
+        with np.load(path := base / f"{case}.npz") as arrays:
+            return arrays["seg"]
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise OneShotError(
+            f"The preprocessed label {path} cannot be read ({error}). Preprocess the dataset again with "
+            f"`nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, `nnUNetv2_preprocess`."
+        ) from error

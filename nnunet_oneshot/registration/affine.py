@@ -30,7 +30,10 @@ class AffineResult:
 
 
 def centre_alignment(
-    fixed_shape: Sequence[int], moving_shape: Sequence[int], fixed_spacing: Sequence[float], moving_spacing: Sequence[float]
+    fixed_shape: Sequence[int],
+    moving_shape: Sequence[int],
+    fixed_spacing: Sequence[float],
+    moving_spacing: Sequence[float],
 ) -> np.ndarray:
     """The map fixed voxel -> moving voxel that lays the centres of both volumes on each other in mm, (D + 1, D + 1)."""
     dim = len(fixed_shape)
@@ -159,6 +162,8 @@ def _voxel_matrix(
     offset = centre + np.array(transform.GetTranslation()) - linear @ centre
     linear, offset = linear[::-1, ::-1], offset[::-1]
     matrix = np.eye(dim + 1)
-    matrix[:dim, :dim] = np.diag(1 / np.asarray(moving_spacing, float)) @ linear @ np.diag(np.asarray(fixed_spacing, float))
+    matrix[:dim, :dim] = (
+        np.diag(1 / np.asarray(moving_spacing, float)) @ linear @ np.diag(np.asarray(fixed_spacing, float))
+    )
     matrix[:dim, dim] = offset / np.asarray(moving_spacing, float)
     return matrix

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.losses import BendingEnergyLoss, DiffusionLoss, LocalNormalizedCrossCorrelationLoss
+from monai.losses import LocalNormalizedCrossCorrelationLoss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -156,7 +156,7 @@ def similarity_loss(
         kernel: Edge of the LNCC window, voxels; made odd and no longer than the shortest axis.
 
     Returns:
-        Scalar, mean over batch and channels.
+        (B,), the mean over channels and observed places of each pair.
     """
     warped, fixed = warped.float(), fixed.float()
     dim = fixed.ndim - 2
@@ -171,19 +171,28 @@ def similarity_loss(
         flat = (-1, 1, *fixed.shape[2:])
         values = loss(warped.reshape(flat), fixed.reshape(flat)).reshape(fixed.shape)
     if mask is None:
-        return values.mean()
+        return values.flatten(1).mean(1)
     mask = mask.float().expand_as(values)
-    return (values * mask).sum() / mask.sum().clamp_min(1.0)
+    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1.0)
 
 
-def diffusion_energy(velocity: Tensor) -> Tensor:
-    """Mean squared first derivative of a field (B, D, *grid), by MONAI's ``DiffusionLoss``."""
-    return DiffusionLoss()(velocity)
+def diffusion_energy(velocity: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Mean squared first derivative of a field in physical units, so that anisotropic voxels are treated alike.
 
+    Args:
+        velocity: (B, D, *grid), voxels of the grid; every axis has at least 2 voxels.
+        spacing: D voxel edges of the grid, mm.
 
-def bending_energy(velocity: Tensor) -> Tensor:
-    """Mean squared second derivative of a field (B, D, *grid), by MONAI's ``BendingEnergyLoss``."""
-    return BendingEnergyLoss()(velocity)
+    Returns:
+        (B,): mean over places of the sum over components i and axes j of (d v_i [mm] / d x_j [mm])^2.
+    """
+    dim = velocity.shape[1]
+    edges = torch.tensor(list(spacing), dtype=velocity.dtype, device=velocity.device).view(1, dim, *[1] * dim)
+    energy = velocity.new_zeros(len(velocity))
+    for axis in range(dim):
+        difference = torch.diff(velocity, dim=2 + axis) * edges / float(spacing[axis])
+        energy = energy + (difference**2).sum(1).flatten(1).mean(1)
+    return energy
 
 
 def contrastive_loss(atlas_features: Tensor, case_features: Tensor, *, temperature: float = 0.1) -> Tensor:

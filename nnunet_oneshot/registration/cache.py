@@ -1,0 +1,130 @@
+"""Registrations on disk: one compressed array file and one JSON a pair, written so that they are complete or absent.
+
+<dataset>/oneshot_registrations/<data identifier>/<atlas>/<case>.npz    affine, velocity, shapes
+                                                          <case>.json   quality, parameters, versions, checksum
+                                                          <case>.png    picture
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic, writing
+
+FOLDER = "oneshot_registrations"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How an atlas is warped onto a case: warped(p) = atlas(exp(velocity)(affine(p))).
+
+    Attributes:
+        atlas: Name of the labelled case.
+        case: Name of the unlabelled case.
+        affine: (4, 4) float64, case voxel coordinates -> atlas voxel coordinates, array axis order.
+        velocity: (3, gx, gy, gz) float32, atlas voxels, on a grid over the atlas's field of view. The components and
+            the grid of an axis along which the atlas has one voxel are 0 and 1.
+        atlas_shape: Voxels of the preprocessed atlas.
+        case_shape: Voxels of the preprocessed case.
+        quality: Figures such as ``similarity_before``, ``similarity_after``, ``folding``, ``seconds``.
+    """
+
+    atlas: str
+    case: str
+    affine: np.ndarray
+    velocity: np.ndarray
+    atlas_shape: tuple[int, ...]
+    case_shape: tuple[int, ...]
+    quality: dict = field(default_factory=dict)
+
+
+class RegistrationCache:
+    """The registrations of one configuration's preprocessed data."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, atlas: str, case: str, suffix: str) -> Path:
+        """File of a pair; ``suffix`` is ``".npz"``, ``".json"`` or ``".png"``."""
+        return self.folder / atlas / f"{case}{suffix}"
+
+    def is_current(self, atlas: str, case: str, key: str) -> bool:
+        """Whether the pair is there, undamaged, and made from the inputs and parameters that ``key`` stands for."""
+        record = self._record(atlas, case)
+        return record is not None and record["key"] == key and record["checksum"] == self._checksum(atlas, case)
+
+    def is_damaged(self, atlas: str, case: str) -> bool:
+        """Whether the pair was written and its files no longer fit each other."""
+        if not self.path(atlas, case, ".json").is_file():
+            return False
+        record = self._record(atlas, case)
+        return record is None or record["checksum"] != self._checksum(atlas, case)
+
+    def save(self, registration: Registration, *, key: str, parameters: dict, versions: dict) -> None:
+        """Writes a pair; the JSON comes last and marks it complete."""
+        target = self.path(registration.atlas, registration.case, ".npz")
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(target) as temporary:
+                np.savez_compressed(
+                    temporary,
+                    affine=registration.affine,
+                    velocity=registration.velocity.astype(np.float32),
+                    atlas_shape=registration.atlas_shape,
+                    case_shape=registration.case_shape,
+                )
+        record = {
+            "atlas": registration.atlas,
+            "case": registration.case,
+            "key": key,
+            "checksum": self._checksum(registration.atlas, registration.case),
+            "quality": registration.quality,
+            "parameters": parameters,
+            "versions": versions,
+        }
+        save_json_atomic(record, self.path(registration.atlas, registration.case, ".json"))
+
+    def load(self, atlas: str, case: str) -> Registration:
+        """Reads a pair.
+
+        Raises:
+            OneShotError: The pair is missing or its files are damaged.
+        """
+        path = self.path(atlas, case, ".npz")
+        record = load_json_checked(self.path(atlas, case, ".json"), f"the registration of {atlas} to {case}")
+        try:
+            with np.load(path) as arrays:
+                return Registration(
+                    atlas,
+                    case,
+                    arrays["affine"],
+                    arrays["velocity"],
+                    tuple(int(n) for n in arrays["atlas_shape"]),
+                    tuple(int(n) for n in arrays["case_shape"]),
+                    record["quality"],
+                )
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise OneShotError(
+                f"The registration file {path} is missing or damaged ({error}): run `nnunet_oneshot register` again, "
+                f"which recomputes damaged pairs."
+            ) from error
+
+    def _record(self, atlas: str, case: str) -> dict | None:
+        path = self.path(atlas, case, ".json")
+        if not path.is_file():
+            return None
+        try:
+            record = load_json_checked(path, "the registration record")
+        except OneShotError:
+            return None
+        return record if isinstance(record, dict) and {"key", "checksum", "quality"} <= record.keys() else None
+
+    def _checksum(self, atlas: str, case: str) -> str | None:
+        path = self.path(atlas, case, ".npz")
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

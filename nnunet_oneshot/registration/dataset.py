@@ -1,0 +1,209 @@
+"""Registers the atlases of a dataset to its cases, resuming from the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+import nnunet_oneshot
+from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
+from nnunet_oneshot.io import atomic_path, writing
+from nnunet_oneshot.registration.cache import FOLDER, Registration, RegistrationCache
+from nnunet_oneshot.registration.figure import registration_figure
+from nnunet_oneshot.registration.network_store import load_or_fit_network
+from nnunet_oneshot.registration.pairs import AtlasRegistrar
+from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case
+
+# Voxels of the registration grid optimised together: small grids share the overhead of a step.
+_BATCH_VOXELS = 600_000
+_LAYOUT = 1
+
+
+def register_dataset(
+    *,
+    plans: dict,
+    dataset_json: dict,
+    configuration: str,
+    atlases: Sequence[str],
+    cases: Sequence[str],
+    preprocessed_dataset_folder_base: str,
+    config: OneShotConfig,
+    device: torch.device,
+    log: Callable[[str], None] = print,
+    figures: bool = True,
+) -> RegistrationCache:
+    """Registers every atlas to every case, skipping pairs that are cached and unchanged.
+
+    Only images are read, and of labels only the atlases', for the pictures.
+
+    Args:
+        plans: The plans.
+        dataset_json: The dataset's description.
+        configuration: Name of the configuration whose preprocessed images are registered.
+        atlases: Labelled cases.
+        cases: Cases to warp them to; an atlas is not registered to itself.
+        preprocessed_dataset_folder_base: The dataset's folder under ``nnUNet_preprocessed``.
+        config: Settings.
+        device: Where the deformable stage runs.
+        log: Called with sentences about what is done.
+        figures: Whether to draw a picture of each new pair.
+
+    Returns:
+        The cache that holds all the pairs.
+
+    Raises:
+        OneShotError: The data are missing or damaged, or the folder cannot be written to.
+    """
+    dataset = PreparedImages(plans, configuration, preprocessed_dataset_folder_base)
+    cache = RegistrationCache(
+        Path(preprocessed_dataset_folder_base) / FOLDER / dataset.configuration.data_identifier,
+    )
+    parameters = {
+        "layout": _LAYOUT,
+        "seed": config.seed,
+        **json.loads(json.dumps(dataclasses.asdict(config.registration))),
+    }
+    if "network" in config.registration.method:
+        parameters["topology"] = dataset.registration_configuration().network_arch_init_kwargs
+    keys, registrars, missing = {}, {}, []
+    for atlas in atlases:
+        atlas_digest = None
+        for case in cases:
+            if case == atlas:
+                continue
+            atlas_digest = atlas_digest or dataset.digest(atlas)
+            keys[atlas, case] = _digest(json.dumps([parameters, atlas_digest, dataset.digest(case)], sort_keys=True))
+            if cache.is_damaged(atlas, case):
+                log(f"The cached registration of {atlas} to {case} is damaged and will be computed again.")
+            if not cache.is_current(atlas, case, keys[atlas, case]):
+                missing.append((atlas, case))
+    if not missing:
+        log(f"Registrations of {', '.join(atlases)} to {len(cases)} cases are cached in {cache.folder}.")
+        return cache
+    log(
+        f"Registering {', '.join(atlases)}: {len(missing)} of {len(keys)} pairs are to be computed "
+        f"({config.registration.method}, on {device}); results go to {cache.folder}."
+    )
+    for atlas, _ in missing:
+        if atlas not in registrars:
+            registrars[atlas] = AtlasRegistrar(
+                atlas, dataset.image(atlas), dataset.spacing(atlas), config=config.registration, device=device
+            )
+    with writing(cache.folder):
+        cache.folder.mkdir(parents=True, exist_ok=True)
+    predict = load_or_fit_network(
+        cache.folder, dataset, registrars, missing, config=config, parameters=parameters, device=device, log=log
+    )
+    with tqdm(total=len(missing), desc="Registering") as progress:
+        for atlas, batch in _batches(missing, registrars):
+            registrar = registrars[atlas]
+            images = [dataset.image(case) for case in batch]
+            aligned = [registrar.align(i, dataset.spacing(c)) for i, c in zip(images, batch, strict=True)]
+            results = registrar.deform(aligned, batch, [i.shape[1:] for i in images], predict=predict)
+            for registration, image in zip(results, images, strict=True):
+                if figures:
+                    _draw(cache, registration, dataset, image)
+                cache.save(
+                    registration, key=keys[atlas, registration.case], parameters=parameters, versions=_versions()
+                )
+                progress.update()
+    _report(cache, missing, log)
+    return cache
+
+
+class PreparedImages:
+    """The preprocessed images of one configuration, with their spacing; labels stay closed but on request."""
+
+    def __init__(self, plans: dict, configuration: str, preprocessed_dataset_folder_base: str) -> None:
+        self.plans = PlansManager(plans)
+        self.configuration = self.plans.get_configuration(configuration)
+        self.folder = str(Path(preprocessed_dataset_folder_base) / self.configuration.data_identifier)
+        check_preprocessed(self.folder, configuration)
+
+    def registration_configuration(self):
+        """The configuration whose topology fits the volumes: 3d_fullres for a 2D configuration of 3D volumes."""
+        names = self.plans.available_configurations
+        is_flat = int(self.plans.plans["original_median_shape_after_transp"][0]) == 1
+        if len(self.configuration.patch_size) == 2 and not is_flat and "3d_fullres" in names:
+            return self.plans.get_configuration("3d_fullres")
+        return self.configuration
+
+    def image(self, case: str) -> np.ndarray:
+        """(C, X, Y, Z)."""
+        return np.asarray(load_image(self.folder, case), np.float32)
+
+    def segmentation(self, atlas: str) -> np.ndarray:
+        """(1, X, Y, Z); for atlases only."""
+        return np.asarray(load_segmentation(self.folder, atlas), np.int16)
+
+    def spacing(self, case: str) -> tuple[float, ...]:
+        """3 voxel edges of the preprocessed image, mm. A 2D configuration keeps the original distance of slices."""
+        target = [float(s) for s in self.configuration.spacing]
+        if len(target) == 3:
+            return tuple(target)
+        properties = load_pickle(str(Path(self.folder) / f"{case}.pkl"))
+        return (float(properties["spacing"][self.plans.transpose_forward[0]]), *target)
+
+    def digest(self, case: str) -> str:
+        """Checksum of the preprocessed image."""
+        image = self.image(case)
+        return _digest(str(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+
+
+def _batches(missing: Sequence[tuple[str, str]], registrars: dict[str, AtlasRegistrar]):
+    """(atlas, cases) groups of one atlas, as many pairs as fit `_BATCH_VOXELS`."""
+    for atlas, registrar in registrars.items():
+        cases = [case for name, case in missing if name == atlas]
+        size = max(1, _BATCH_VOXELS // int(np.prod(registrar.grid.shape)))
+        for start in range(0, len(cases), size):
+            yield atlas, cases[start : start + size]
+
+
+def _draw(cache: RegistrationCache, registration: Registration, dataset: PreparedImages, image: np.ndarray) -> None:
+    atlas = dataset.image(registration.atlas)
+    seg = dataset.segmentation(registration.atlas)
+    warped, warped_seg = warp_atlas_to_case(registration, atlas, seg)
+    target = cache.path(registration.atlas, registration.case, ".png")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as temporary:
+            registration_figure(
+                temporary,
+                atlas=atlas[0],
+                atlas_seg=seg[0],
+                case=image[0],
+                warped=warped[0],
+                warped_seg=warped_seg[0],
+                displacement=atlas_coordinates(registration).numpy(),
+            )
+
+
+def _report(cache: RegistrationCache, pairs: Sequence[tuple[str, str]], log: Callable[[str], None]) -> None:
+    qualities = [cache.load(*pair).quality for pair in pairs]
+    before, after, folds = (
+        np.array([q[name] for q in qualities]) for name in ("similarity_before", "similarity_after", "folding")
+    )
+    worst = pairs[int(after.argmin())]
+    log(
+        f"Registered {len(pairs)} pairs: local correlation {before.mean():.3f} -> {after.mean():.3f} "
+        f"(lowest {after.min():.3f}, {worst[0]} to {worst[1]}), folding {100 * folds.mean():.4f} % of voxels "
+        f"(most {100 * folds.max():.4f} %)."
+    )
+
+
+def _digest(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {"nnunet_oneshot": nnunet_oneshot.__version__, "torch": str(torch.__version__)}

@@ -1,0 +1,75 @@
+"""The grid on which an atlas is compared with the cases, and images brought onto it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunet_oneshot.registration.fitting import downsample
+from nnunet_oneshot.registration.functional import identity_grid, sample_at, transform_points
+
+# An axis is not thinned out below this.
+_MINIMUM_EDGE = 16
+
+
+@dataclass(frozen=True)
+class RegistrationGrid:
+    """A grid over an atlas's field of view.
+
+    Attributes:
+        shape: D sizes, voxels.
+        spacing: D voxel edges, mm.
+        atlas_shape: D sizes of the preprocessed atlas.
+    """
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    atlas_shape: tuple[int, ...]
+
+    @classmethod
+    def over(cls, atlas_shape: Sequence[int], spacing: Sequence[float], max_voxels: int) -> RegistrationGrid:
+        """The atlas's own grid, or a coarser one of at most about ``max_voxels``; fine axes are thinned out first."""
+        shape, edges = [int(n) for n in atlas_shape], [float(s) for s in spacing]
+        full = list(zip(shape, edges, strict=True))
+        edge = min(edges)
+        while np.prod(shape, dtype=np.int64) > max_voxels:
+            edge *= 1.05
+            coarser = [max(min(n, _MINIMUM_EDGE), round(n * min(1.0, s / edge))) for n, s in full]
+            if coarser == shape and edge > 64 * max(edges):
+                break
+            shape = coarser
+        spacing = tuple(s * n / m for (n, s), m in zip(full, shape, strict=True))
+        return cls(tuple(shape), spacing, tuple(int(n) for n in atlas_shape))
+
+    def atlas_image(self, atlas: np.ndarray) -> Tensor:
+        """The z-scored atlas (C, *atlas_shape) on this grid, (1, C, *shape)."""
+        return downsample(_z_scored(atlas), self.shape)
+
+    def fixed_image(self, case: np.ndarray, affine: np.ndarray) -> tuple[Tensor, Tensor]:
+        """A case brought onto this grid by the affine registration.
+
+        Args:
+            case: (C, *case_shape).
+            affine: (D + 1, D + 1), case voxel coordinates -> atlas voxel coordinates.
+
+        Returns:
+            Image (1, C, *shape), and mask (1, 1, *shape) that is 1 where the case was observed.
+        """
+        inverse = torch.from_numpy(np.linalg.inv(affine)).float()
+        points = transform_points(inverse, identity_grid(self.atlas_shape)[None])
+        sizes = torch.tensor(case.shape[1:], dtype=torch.float32).view(1, -1, *[1] * (case.ndim - 1))
+        inside = ((points > -0.5) & (points < sizes - 0.5)).all(1, keepdim=True).float()
+        image = sample_at(_z_scored(case), points)
+        return downsample(image, self.shape), (downsample(inside, self.shape) > 0.5).float()
+
+
+def _z_scored(image: np.ndarray) -> Tensor:
+    """(C, *shape) with every channel z-scored, as (1, C, *shape) float32."""
+    tensor = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+    flat = tensor.flatten(1)
+    shape = (-1, *[1] * (tensor.ndim - 1))
+    return ((tensor - flat.mean(1).view(shape)) / flat.std(1).clamp_min(1e-6).view(shape))[None]

@@ -1,0 +1,144 @@
+"""The registration network: the plan's U-Net, its encoder shared by both images (arXiv 2408.03616)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import trange
+
+from nnunet_oneshot.config import RegistrationConfig
+from nnunet_oneshot.registration.fitting import downsample, velocity_shape
+from nnunet_oneshot.registration.functional import (
+    contrastive_loss,
+    diffusion_energy,
+    integrate_on,
+    similarity_loss,
+    warp,
+)
+
+
+class RegistrationNetwork(nn.Module):
+    """Maps an atlas and a case on one grid to a stationary velocity field.
+
+    Both images pass through the same encoder; at every scale their features are joined by a 1x1 convolution, and the
+    plan's decoder turns them into one output a spatial axis. The last layer starts near zero, so that training starts
+    near the identity. Unlike the paper's plain displacement, the output is a velocity field, whose flow does not fold.
+    """
+
+    def __init__(self, configuration: ConfigurationManager, num_channels: int) -> None:
+        super().__init__()
+        dim = len(configuration.patch_size)
+        self.unet = get_network_from_plans(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            num_channels,
+            dim,
+            allow_init=True,
+            deep_supervision=False,
+        )
+        convolution = nn.Conv2d if dim == 2 else nn.Conv3d
+        self.join = nn.ModuleList(convolution(2 * width, width, 1) for width in self.unet.encoder.output_channels)
+        head = self.unet.decoder.seg_layers[-1]
+        nn.init.normal_(head.weight, std=1e-5)
+        nn.init.zeros_(head.bias)
+        self.divisor = [1] * dim
+        for stride in self.unet.encoder.strides:
+            stride = [stride] * dim if isinstance(stride, int) else stride
+            self.divisor = [d * s for d, s in zip(self.divisor, stride, strict=True)]
+
+    def forward(self, atlas: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Velocity of each pair, and the features the contrastive term compares.
+
+        Args:
+            atlas: (B, C, *grid), any shape; padded inside to what the U-Net divides.
+            fixed: (B, C, *grid).
+
+        Returns:
+            Velocity (B, D, *grid), voxels of the grid; globally pooled bottleneck features (B, F) of atlas and case.
+        """
+        shape = fixed.shape[2:]
+        padding = []
+        for size, divisor in zip(reversed(shape), reversed(self.divisor), strict=True):
+            # Instance normalisation needs more than one voxel at the bottleneck.
+            padding += [0, max(-(-size // divisor), 2) * divisor - size]
+        atlas, fixed = (F.pad(image, padding, mode="constant") for image in (atlas, fixed))
+        atlas_skips, fixed_skips = self.unet.encoder(atlas), self.unet.encoder(fixed)
+        joined = [
+            join(torch.cat(pair, dim=1)) for join, *pair in zip(self.join, atlas_skips, fixed_skips, strict=True)
+        ]
+        velocity = self.unet.decoder(joined)
+        velocity = velocity[(slice(None), slice(None), *(slice(0, n) for n in shape))]
+        return velocity, atlas_skips[-1].flatten(2).mean(2), fixed_skips[-1].flatten(2).mean(2)
+
+
+def fit_network(
+    network: RegistrationNetwork,
+    atlases: Sequence[Tensor],
+    load_pair: Callable[[int], tuple[Tensor, Tensor]],
+    atlas_of: Sequence[int],
+    *,
+    spacings: Sequence[Sequence[float]],
+    config: RegistrationConfig,
+    seed: int,
+    device: torch.device,
+) -> list[float]:
+    """Trains the network on all pairs: similarity + smoothness + contrastive term (arXiv 2408.03616).
+
+    Args:
+        network: On ``device``.
+        atlases: (1, C, *grid) of each atlas.
+        load_pair: Pair index -> (fixed (1, C, *grid), mask (1, 1, *grid)).
+        atlas_of: Atlas index of each pair; the pairs of a step share their atlas, and so their grid.
+        spacings: Voxel edges of each atlas's grid, mm.
+        config: Weights, iterations, batch size.
+        seed: Order of the pairs.
+        device: Where the network is.
+
+    Returns:
+        The loss of each iteration.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.network_learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.network_iterations, 1))
+    losses = []
+    network.train()
+    for _ in trange(config.network_iterations, desc="Training the registration network"):
+        index = atlas_of[int(torch.randint(len(atlas_of), (1,), generator=generator))]
+        pairs = [pair for pair, atlas in enumerate(atlas_of) if atlas == index]
+        order = torch.randperm(len(pairs), generator=generator)[: config.network_batch_size]
+        batch = [load_pair(pairs[i]) for i in order.tolist()]
+        fixed, mask = (torch.cat([pair[k] for pair in batch]).to(device) for k in (0, 1))
+        atlas = atlases[index].to(device).expand(len(batch), -1, *fixed.shape[2:])
+        velocity, atlas_features, case_features = network(atlas, fixed)
+        loss = _pair_loss(velocity, atlas, fixed, mask, spacings[index], config)
+        if config.contrastive:
+            loss = loss + config.contrastive * contrastive_loss(
+                atlas_features, case_features, temperature=config.temperature
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def coarse_velocity(velocity: Tensor, config: RegistrationConfig) -> Tensor:
+    """The network's velocity (B, D, *grid) on the velocity grid, voxels of the registration grid."""
+    return downsample(velocity, velocity_shape(velocity.shape[2:], config.velocity_downsample))
+
+
+def _pair_loss(
+    velocity: Tensor, atlas: Tensor, fixed: Tensor, mask: Tensor, spacing: Sequence[float], config: RegistrationConfig
+) -> Tensor:
+    shape = tuple(fixed.shape[2:])
+    warped = warp(atlas, integrate_on(coarse_velocity(velocity, config), shape, steps=config.integration_steps))
+    similarity = similarity_loss(warped, fixed, mask, similarity=config.similarity, kernel=config.lncc_kernel)
+    return (similarity + config.smoothness * diffusion_energy(velocity, spacing)).mean()

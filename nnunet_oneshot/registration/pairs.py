@@ -1,0 +1,213 @@
+"""Registers one atlas to cases given as arrays: affine, then velocity fields, with quality figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunet_oneshot.config import RegistrationConfig
+from nnunet_oneshot.registration.affine import centre_alignment, register_affine
+from nnunet_oneshot.registration.cache import Registration
+from nnunet_oneshot.registration.fitting import refine_velocity, velocity_shape
+from nnunet_oneshot.registration.functional import (
+    folding,
+    integrate_on,
+    jacobian_determinant,
+    scale_vectors,
+    similarity_loss,
+    warp,
+)
+from nnunet_oneshot.registration.grid import RegistrationGrid
+
+_QUALITY_STEPS = 7
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A case after the affine stage, on the atlas's registration grid.
+
+    Attributes:
+        affine: (D + 1, D + 1), case voxel -> atlas voxel.
+        fixed: (1, C, *grid).
+        mask: (1, 1, *grid).
+        start: Which start the affine came from; ``"identity"`` means centre on centre.
+        seconds: Time of the affine stage.
+    """
+
+    affine: np.ndarray
+    fixed: Tensor
+    mask: Tensor
+    start: str
+    seconds: float
+
+
+class AtlasRegistrar:
+    """Registers one atlas to any number of cases.
+
+    Volumes with one voxel along the first axis (nnU-Net's 2D images) are registered in 2D.
+
+    Args:
+        name: Name of the atlas.
+        atlas: (C, X, Y, Z).
+        spacing: 3 voxel edges, mm.
+        config: Settings.
+        device: Where the deformable stage runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        atlas: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        config: RegistrationConfig,
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.device = device
+        self.flat = atlas.shape[1] == 1
+        self.atlas_shape = tuple(atlas.shape[1:])
+        self._atlas = self._squeeze(atlas)
+        self._spacing = self._axes(spacing)
+        self.grid = RegistrationGrid.over(self._atlas.shape[1:], self._spacing, config.max_voxels)
+        self.image = self.grid.atlas_image(self._atlas).to(device)
+
+    def align(self, case: np.ndarray, spacing: Sequence[float]) -> Aligned:
+        """The affine stage for a case (C, U, V, W) with 3 voxel edges in mm."""
+        started = time.perf_counter()
+        image, edges = self._squeeze(case), self._axes(spacing)
+        if self.config.affine:
+            result = register_affine(image, self._atlas, fixed_spacing=edges, moving_spacing=self._spacing)
+            affine, start = result.matrix, result.start
+        else:
+            affine, start = centre_alignment(image.shape[1:], self._atlas.shape[1:], edges, self._spacing), "identity"
+        fixed, mask = self.grid.fixed_image(image, affine)
+        return Aligned(affine, fixed, mask, start, time.perf_counter() - started)
+
+    def deform(
+        self,
+        aligned: Sequence[Aligned],
+        cases: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> list[Registration]:
+        """The deformable stage for a batch of aligned cases.
+
+        Args:
+            aligned: Results of `align`.
+            cases: Names.
+            shapes: (U, V, W) of each case.
+            predict: (atlas, fixed) -> velocity (B, D, *velocity grid) of a trained network; it is the result with
+                method ``"network"`` and the start of the optimisation with ``"network+refine"``.
+
+        Returns:
+            One registration a case, with its quality figures.
+        """
+        started = time.perf_counter()
+        fixed = torch.cat([a.fixed for a in aligned]).to(self.device)
+        mask = torch.cat([a.mask for a in aligned]).to(self.device)
+        atlas = self.image.expand(len(aligned), -1, *self.grid.shape)
+        velocity = None if predict is None else predict(atlas, fixed)
+        if self.config.method != "network" or velocity is None:
+            velocity = refine_velocity(
+                self.image, fixed, mask, spacing=self.grid.spacing, config=self.config, initial=velocity
+            )
+        with torch.no_grad():
+            qualities = self._quality(velocity, atlas, fixed, mask)
+        seconds = (time.perf_counter() - started) / len(aligned)
+        in_atlas_voxels = scale_vectors(velocity, self.grid.shape, self.grid.atlas_shape).cpu().numpy()
+        return [
+            Registration(
+                self.name,
+                case,
+                self._lift_affine(a.affine),
+                self._lift_velocity(field),
+                self.atlas_shape,
+                tuple(int(n) for n in shape),
+                {**quality, "affine_start": a.start, "seconds": round(a.seconds + seconds, 3)},
+            )
+            for a, case, shape, field, quality in zip(aligned, cases, shapes, in_atlas_voxels, qualities, strict=True)
+        ]
+
+    def velocity_grid(self) -> tuple[int, ...]:
+        """Shape of the velocity fields."""
+        return velocity_shape(self.grid.shape, self.config.velocity_downsample)
+
+    def _quality(self, velocity: Tensor, atlas: Tensor, fixed: Tensor, mask: Tensor) -> list[dict]:
+        displacement = integrate_on(velocity, self.grid.shape, steps=_QUALITY_STEPS)
+        options = {"similarity": "lncc", "kernel": self.config.lncc_kernel}
+        before = similarity_loss(atlas, fixed, mask, **options)
+        after = similarity_loss(warp(atlas, displacement), fixed, mask, **options)
+        determinant = jacobian_determinant(displacement).flatten(1)
+        edges = torch.tensor(self.grid.spacing, device=displacement.device).view(1, -1, *[1] * len(self.grid.shape))
+        length = (displacement * edges).norm(dim=1).flatten(1)
+        figures = {
+            # The loss is the negative squared correlation.
+            "similarity_before": -before,
+            "similarity_after": -after,
+            "folding": folding(displacement),
+            "jacobian_min": determinant.min(1).values,
+            "jacobian_max": determinant.max(1).values,
+            "log_jacobian_std": determinant.clamp_min(1e-3).log().std(1),
+            "mean_displacement_mm": length.mean(1),
+            "max_displacement_mm": length.max(1).values,
+        }
+        return [{name: round(float(values[i]), 6) for name, values in figures.items()} for i in range(len(fixed))]
+
+    def _squeeze(self, image: np.ndarray) -> np.ndarray:
+        return image[:, 0] if self.flat else image
+
+    def _axes(self, spacing: Sequence[float]) -> tuple[float, ...]:
+        return tuple(float(s) for s in (spacing[1:] if self.flat else spacing))
+
+    def _lift_affine(self, affine: np.ndarray) -> np.ndarray:
+        if not self.flat:
+            return affine
+        lifted = np.eye(4)
+        lifted[1:, 1:] = affine
+        return lifted
+
+    def _lift_velocity(self, velocity: np.ndarray) -> np.ndarray:
+        if not self.flat:
+            return velocity
+        return np.concatenate([np.zeros_like(velocity[:1]), velocity])[:, None]
+
+
+def register_arrays(
+    atlas: np.ndarray,
+    case: np.ndarray,
+    *,
+    atlas_spacing: Sequence[float],
+    case_spacing: Sequence[float],
+    config: RegistrationConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> Registration:
+    """Registers one volume to another, without any nnU-Net folder.
+
+    Args:
+        atlas: (C, X, Y, Z) moving image; (C, 1, Y, Z) for 2D.
+        case: (C, U, V, W) fixed image, on any grid.
+        atlas_spacing: 3 voxel edges of the atlas, mm.
+        case_spacing: 3 voxel edges of the case, mm.
+        config: Settings; None for the defaults.
+        device: Where the deformable stage runs.
+
+    Returns:
+        The registration; `nnunet_oneshot.registration.warp` applies it.
+    """
+    registrar = AtlasRegistrar(
+        "moving",
+        atlas,
+        atlas_spacing,
+        config=config or RegistrationConfig(method="refine"),
+        device=torch.device(device),
+    )
+    aligned = registrar.align(case, case_spacing)
+    return registrar.deform([aligned], ["fixed"], [case.shape[1:]])[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -86,10 +88,10 @@ def mask_patches(
     """
     spatial = image.shape[2:]
     grid = [-(-size // block) for size in spatial]
-    scores = torch.rand((image.shape[0], *grid), generator=generator, device=image.device)
-    number = round(share * scores[0].numel())
+    number = round(share * math.prod(grid))
     if number == 0:
         return image
+    scores = torch.rand((image.shape[0], *grid), generator=generator, device=image.device)
     chosen = scores.flatten(1).topk(number, dim=1).indices
     mask = torch.zeros_like(scores).flatten(1).scatter_(1, chosen, 1.0).view(image.shape[0], 1, *grid).bool()
     for axis, size in enumerate(spatial, start=2):

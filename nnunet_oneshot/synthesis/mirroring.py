@@ -8,6 +8,7 @@ import numpy as np
 
 MIN_OVERLAP = 0.3
 MARGIN = 0.1
+MAX_SHIFT = 0.1
 
 
 def decide_mirror_axes(
@@ -52,10 +53,11 @@ def allowed_mirror_axes(
     Labels of the left and the right (left and right hippocampus) change places in a mirrored image, but nnU-Net would
     keep their names: a network trained on one atlas that way cannot tell them apart.
 
-    The rule, for each axis: mirror the label map about the plane where its foreground overlaps its mirror image most.
-    The axis is left out if, in any of the atlases, a mirrored label lands on another one rather than on itself: if its
-    Dice with another label is at least 0.3, and at least 0.1 above its Dice with itself. Leaving out an axis that could
-    have been mirrored costs some augmentation, mirroring one that exchanges labels costs those labels: so a low bar.
+    The rule, for each axis: mirror the label map about the plane where the foreground overlaps its mirror image most,
+    among those no farther than a tenth of its extent from its middle. The axis is left out if, in any of the atlases, a
+    mirrored label lands on another one rather than on itself: if its Dice with another label is at least 0.3, and at
+    least 0.1 above its Dice with itself. Leaving out an axis that could have been mirrored costs some augmentation,
+    mirroring one that exchanges labels costs those labels: so a low bar.
 
     Args:
         atlas_segs: Label maps ``(1, X, Y, Z)`` or ``(X, Y, Z)``; values below 1 are background.
@@ -102,15 +104,20 @@ def _with_mirror_image(labels: np.ndarray, axis: int) -> tuple[np.ndarray, np.nd
     """A label map and its mirror image, both padded along ``axis`` so that their foregrounds overlap most.
 
     The overlap of the foreground with its mirror image about the plane ``s / 2`` is the self-convolution of the
-    foreground along the axis at ``s``.
+    foreground along the axis at ``s``. Planes far from the middle do not count: a large label overlaps itself best about
+    its own middle, whatever lies on the other side.
     """
     size = labels.shape[axis]
-    profile = np.moveaxis(labels > 0, axis, -1).reshape(-1, size).astype(np.float32)
-    spectrum = np.fft.rfft(profile, n=2 * size, axis=-1)
+    profile = np.moveaxis(labels > 0, axis, -1).reshape(-1, size)
+    spectrum = np.fft.rfft(profile.astype(np.float32), n=2 * size, axis=-1)
     overlap = np.fft.irfft((spectrum**2).sum(axis=0), n=2 * size)[: 2 * size - 1]
-    # Equal overlaps differ by rounding; the plane nearest the centre is taken.
-    best = np.flatnonzero(overlap > overlap.max() - 0.5)
-    shift = int(best[np.argmin(np.abs(best - (size - 1)))]) - (size - 1)
+    # Percentiles, because a few stray voxels would move the ends.
+    low, high = np.percentile(np.repeat(np.arange(size), profile.sum(axis=0)), (1, 99))
+    reach = 2 * MAX_SHIFT * (high - low + 1)
+    near = [s for s in range(2 * size - 1) if abs(s - (low + high)) <= max(reach, 1)]
+    # Equal overlaps differ by rounding; the plane nearest the middle is taken.
+    best = [s for s in near if overlap[s] > max(overlap[near]) - 0.5]
+    shift = min(best, key=lambda s: abs(s - (low + high))) - (size - 1)
     before, after = max(-shift, 0), max(shift, 0)
     original = np.pad(labels, [(before, after) if a == axis else (0, 0) for a in range(3)])
     return original, np.flip(original, axis)

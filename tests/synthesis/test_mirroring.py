@@ -25,6 +25,11 @@ def test_an_imperfect_pair_is_recognised():
     assert allowed_mirror_axes([pair(shift=2)], (0, 1, 2)) == (1, 2)
 
 
+def test_a_pair_of_unequal_size_is_recognised():
+    seg = box(np.zeros((24, 12, 12), np.int16), 1, (1, 11), (1, 11), (1, 11))
+    assert allowed_mirror_axes([box(seg, 2, (15, 22), (2, 9), (3, 10))], (0, 1, 2)) == (1, 2)
+
+
 def test_a_pair_with_one_name_may_be_mirrored():
     seg = pair()
     assert allowed_mirror_axes([np.where(seg == 2, 1, seg)], (0, 1, 2)) == (0, 1, 2)

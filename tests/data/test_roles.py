@@ -1,0 +1,97 @@
+"""Which case plays which part."""
+
+import numpy as np
+import pytest
+
+from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image
+from nnunet_oneshot.data.roles import assign_roles
+from nnunet_oneshot.errors import OneShotError
+
+CASES = [f"case_{number}" for number in range(10)]
+
+
+def roles(**changes):
+    settings = {
+        "atlases": ["case_3"],
+        "how": "named",
+        "train_keys": CASES[:8],
+        "val_keys": CASES[8:],
+        "unlabelled_fraction": 1.0,
+        "progress_cases": 8,
+        "seed": 1,
+    }
+    return assign_roles(**{**settings, **changes})
+
+
+def test_every_training_case_but_the_atlas_is_unlabelled():
+    assert roles().unlabelled == ("case_0", "case_1", "case_2", "case_4", "case_5", "case_6", "case_7")
+    assert roles().progress == ("case_8", "case_9")
+    assert roles().held_out
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.0, 1), (0.1, 1), (0.5, 4), (1.0, 7)])
+def test_share_of_the_unlabelled_cases(share, number):
+    assert len(roles(unlabelled_fraction=share).unlabelled) == number
+
+
+def test_share_depends_on_the_seed_and_grows_by_adding_cases():
+    half, more = roles(unlabelled_fraction=0.3), roles(unlabelled_fraction=0.8)
+    assert set(half.unlabelled) < set(more.unlabelled)
+    assert any(roles(unlabelled_fraction=0.3, seed=seed).unlabelled != half.unlabelled for seed in range(2, 9))
+
+
+def test_without_validation_case_progress_is_watched_in_training():
+    result = roles(val_keys=[], progress_cases=2)
+    assert result.progress == result.unlabelled[:2]
+    assert not result.held_out
+
+
+def test_one_progress_case_at_least():
+    assert roles(progress_cases=0).progress == ("case_8",)
+
+
+def test_atlas_is_never_a_progress_case():
+    assert roles(atlases=["case_9"]).progress == ("case_8",)
+
+
+def test_nothing_to_warp_to_is_an_error_when_it_is_needed():
+    alone = roles(train_keys=["case_3"])
+    with pytest.raises(OneShotError, match="no case beside the atlas"):
+        alone.require_unlabelled()
+    roles().require_unlabelled()
+
+
+def test_sentences_name_the_atlas_and_the_numbers():
+    text = " ".join(roles().sentences())
+    assert "Atlas: case_3 (named)." in text
+    assert "Unlabelled training cases: 7." in text
+    assert "2 held-out cases" in text
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy", "b2nd"])
+def test_image_is_read_in_each_of_the_formats(kind, tmp_path):
+    import blosc2
+
+    image = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    path = str(tmp_path / f"case_0.{kind}")
+    if kind == "npz":
+        np.savez(path, data=image, seg=image)
+    elif kind == "npy":
+        np.save(path, image)
+    else:
+        blosc2.asarray(image, urlpath=path)
+    assert np.array_equal(load_image(str(tmp_path), "case_0"), image)
+
+
+@pytest.mark.parametrize("content", [None, b"damaged"])
+@pytest.mark.parametrize("kind", ["npz", "b2nd"])
+def test_image_that_cannot_be_read_is_named(kind, content, tmp_path):
+    if content is not None:
+        (tmp_path / f"case_0.{kind}").write_bytes(content)
+    with pytest.raises(OneShotError, match=r"case_0\.(npz|b2nd) cannot be read.*Preprocess"):
+        load_image(str(tmp_path), "case_0")
+
+
+def test_folder_without_cases_is_not_preprocessed(tmp_path):
+    with pytest.raises(OneShotError, match="holds no preprocessed case"):
+        check_preprocessed(str(tmp_path), "3d_fullres")

@@ -1,0 +1,320 @@
+"""Cases, mirroring, validation, checkpoints and errors that all trainers share."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_oneshot.errors import OneShotError
+
+NNUNET_KEYS = {
+    "network_weights",
+    "optimizer_state",
+    "grad_scaler_state",
+    "logging",
+    "_best_ema",
+    "current_epoch",
+    "init_args",
+    "trainer_name",
+    "inference_allowed_mirroring_axes",
+}
+WARPING = ["OneShotPropagationTrainer_1epoch", "OneShotSynthesisTrainer_1epoch", "OneShotDistillTrainer_1epoch"]
+
+
+def log_of(trainer):
+    return Path(trainer.log_file).read_text()
+
+
+def block(**settings):
+    return lambda plans: plans["oneshot"].update(settings)
+
+
+@pytest.mark.parametrize("name", ["OneShotAtlasTrainer_1epoch", *WARPING])
+def test_training_writes_what_nnunet_reads(name, prepare, make_trainer, short, stubs):
+    trainer = make_trainer(prepare(), name)
+    trainer.run_training()
+    folder = trainer.output_folder
+    saved = torch.load(os.path.join(folder, "checkpoint_final.pth"), weights_only=False)
+    assert set(saved) == NNUNET_KEYS
+    assert saved["trainer_name"] == name
+    assert not os.path.exists(os.path.join(folder, "checkpoint_latest.pth"))
+    assert not os.path.exists(os.path.join(folder, "checkpoint_latest_teacher.pth"))
+    assert not [file for file in os.listdir(folder) if file.startswith(".partial")]
+
+
+@pytest.mark.parametrize("name", WARPING)
+def test_stock_network_takes_the_weights(name, prepare, make_trainer, short, stubs):
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    trainer = make_trainer(prepare(), name)
+    trainer.run_training()
+    saved = torch.load(os.path.join(trainer.output_folder, "checkpoint_final.pth"), weights_only=False)
+    network = nnUNetTrainer.build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, 3, enable_deep_supervision=False
+    )
+    assert network.load_state_dict(saved["network_weights"]) == torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def test_trainers_share_schedule_and_optimiser(prepare, make_trainer):
+    dataset = prepare()
+    trainers = [make_trainer(dataset, name.replace("_1epoch", "")) for name in ("OneShotAtlasTrainer", *WARPING)]
+    for trainer in trainers:
+        trainer.initialize()
+    schedules = [
+        (t.num_epochs, t.num_iterations_per_epoch, t.initial_lr, t.weight_decay, t.batch_size, str(t.optimizer))
+        for t in trainers
+    ]
+    assert len(set(schedules)) == 1
+
+
+def test_network_starts_from_the_seed(prepare, make_trainer):
+    dataset = prepare()
+    weights = []
+    for seed in (1, 1, 2):
+        trainer = make_trainer(dataset, "OneShotSynthesisTrainer", edit=block(seed=seed))
+        trainer.initialize()
+        weights.append(torch.cat([p.flatten() for p in trainer.network.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_loaders_get_the_roles_of_the_fold(prepare, make_trainer, stubs):
+    built, registered = stubs
+    trainer = make_trainer(prepare(), "OneShotPropagationTrainer")
+    trainer.initialize()
+    trainer.get_dataloaders()
+    train, val = trainer.do_split()
+    roles = trainer.roles
+    assert set(roles.atlases) | set(roles.unlabelled) == set(train)
+    assert len(roles.atlases) == 1
+    assert set(roles.progress) == set(val)
+    assert set(registered[0]["cases"]) == {*roles.unlabelled, *roles.progress}
+    assert [b.arguments["source"] for b in built] == ["real", "synthetic"]
+    assert [b.arguments["augment"] for b in built] == [True, False]
+    assert [b.arguments["cases"] for b in built] == [roles.unlabelled, roles.progress]
+    assert f"Atlas: {roles.atlases[0]} (" in log_of(trainer)
+
+
+def test_share_of_unlabelled_cases_and_of_progress_cases(prepare, make_trainer):
+    dataset = prepare()
+    trainer = make_trainer(
+        dataset, "OneShotSynthesisTrainer", fold="all", edit=block(unlabelled_fraction=0.4, progress_cases=1)
+    )
+    assert len(trainer.roles.unlabelled) == 2
+    assert trainer.roles.progress == trainer.roles.unlabelled[:1]
+    assert "no case is held out" in log_of(trainer)
+    again = make_trainer(dataset, "OneShotSynthesisTrainer", fold="all", edit=block(unlabelled_fraction=0.4))
+    assert again.roles.unlabelled == trainer.roles.unlabelled
+
+
+@pytest.mark.parametrize("has_block", [True, False])
+def test_stock_plans_are_named_as_such(has_block, prepare, make_trainer):
+    edit = None if has_block else lambda plans: plans.pop("oneshot")
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer", edit=edit)
+    assert trainer.roles.unlabelled
+    assert ("their intensity statistics come from the labels of all cases" in log_of(trainer)) == (not has_block)
+
+
+def test_resumed_run_draws_other_patches(prepare, make_trainer, stubs):
+    built, _ = stubs
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer")
+    trainer.initialize()
+    trainer.get_dataloaders()
+    trainer.current_epoch = 3
+    trainer.get_dataloaders()
+    assert built[0].arguments["seed"] != built[2].arguments["seed"]
+
+
+def test_left_and_right_are_not_mirrored(prepare, make_trainer, stubs):
+    trainer = make_trainer(prepare(shape=(20, 22, 28)), "OneShotSynthesisTrainer")
+    trainer.initialize()
+    axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3]
+    assert len(axes) == 2
+    assert trainer.inference_allowed_mirroring_axes == axes
+    assert "lays labels on other labels" in log_of(trainer)
+
+
+def test_axes_of_the_plans_are_obeyed(prepare, make_trainer, stubs):
+    dataset = prepare()
+    for setting, expected in (([1], (1,)), ([], None)):
+        trainer = make_trainer(dataset, "OneShotSynthesisTrainer", edit=block(mirror_axes=setting))
+        trainer.initialize()
+        trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        assert trainer.inference_allowed_mirroring_axes == expected
+
+
+def test_patch_axes_of_2d_are_the_last_of_the_volume(prepare, make_trainer, stubs):
+    dataset = prepare("2d", shape=(20, 22, 28))
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer", configuration="2d")
+    trainer.initialize()
+    assert len(trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[2]) == 2
+    atlas = trainer._load_atlas_segs()[0]
+    left, right = (np.argwhere(atlas[0] == value).mean(0) for value in (1, 2))
+    side = int(np.argmax(np.abs(left - right)))
+    assert side in (1, 2)
+    assert trainer.inference_allowed_mirroring_axes == tuple(a for a in (0, 1) if a != side - 1)
+
+
+def test_validation_without_labels_says_so(prepare, make_trainer):
+    dataset = prepare(labelled=("case_00",))
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer")
+    trainer.initialize()
+    trainer.perform_actual_validation()
+    assert "there is nothing to score for fold 0, since none of its validation cases has a label" in log_of(trainer)
+    assert os.listdir(os.path.join(trainer.output_folder, "validation")) == []
+
+
+def test_validation_of_fold_all_says_so(prepare, make_trainer):
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer", fold="all")
+    trainer.initialize()
+    trainer.perform_actual_validation()
+    assert "nothing to score for fold all, since it has no validation case" in log_of(trainer)
+
+
+def test_validation_scores_labelled_cases_only(prepare, make_trainer, monkeypatch):
+    dataset = prepare()
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer")
+    trainer.initialize()
+    _, val = trainer.do_split()
+    dataset.preprocessed.joinpath("gt_segmentations", f"{val[0]}.nii.gz").unlink()
+    seen = []
+    parent = type(trainer).__mro__[-2]
+    monkeypatch.setattr(parent, "perform_actual_validation", lambda self, npz: seen.append((self.do_split()[1], npz)))
+    trainer.perform_actual_validation(True)
+    assert seen == [(val[1:], True)]
+    assert trainer.do_split()[1] == val
+    assert f"{len(val) - 1} of {len(val)} cases have a label" in log_of(trainer)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_damaged_checkpoint_is_named(content, prepare, make_trainer, tmp_path):
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer")
+    path = tmp_path / "checkpoint_latest.pth"
+    if content is None:
+        torch.save({"network_weights": torch.zeros(3)}, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(OneShotError, match=f"{path}.*is damaged or belongs to another network"):
+        trainer.load_checkpoint(str(path))
+
+
+def test_checkpoint_of_another_network_is_refused(prepare, make_trainer, short, stubs):
+    dataset = prepare()
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer_1epoch")
+    trainer.run_training()
+
+    def widen(plans):
+        kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        kwargs["features_per_stage"] = [2 * n for n in kwargs["features_per_stage"]]
+
+    other = make_trainer(dataset, "OneShotSynthesisTrainer_1epoch", edit=widen)
+    with pytest.raises(OneShotError, match="belongs to another network"):
+        other.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_final.pth"))
+
+
+def test_failed_save_keeps_the_previous_checkpoint(prepare, make_trainer, monkeypatch, tmp_path):
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer")
+    trainer.initialize()
+    path = tmp_path / "checkpoint_latest.pth"
+    path.write_bytes(b"previous")
+
+    def full_disk(content, target):
+        Path(target).write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OneShotError, match="could not be written.*file write failed"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == b"previous"
+    assert os.listdir(tmp_path).count("checkpoint_latest.pth") == 1
+    assert not [file for file in os.listdir(tmp_path) if file.startswith(".partial")]
+
+
+def test_disabled_checkpointing_writes_nothing(prepare, make_trainer, tmp_path):
+    trainer = make_trainer(prepare(), "OneShotDistillTrainer")
+    trainer.initialize()
+    trainer.disable_checkpointing = True
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_unknown_configuration_lists_the_known(prepare, make_trainer):
+    with pytest.raises(OneShotError, match=r"no configuration '3d_huge': choose one of .*'3d_fullres'"):
+        make_trainer(prepare(), "OneShotSynthesisTrainer", configuration="3d_huge")
+
+
+def test_cascade_is_refused(prepare, make_trainer):
+    def cascade(plans):
+        plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+
+    with pytest.raises(OneShotError, match="second stage of a cascade"):
+        make_trainer(prepare(), "OneShotSynthesisTrainer", configuration="3d_cascade_fullres", edit=cascade)
+
+
+def test_configuration_that_is_not_preprocessed(prepare, make_trainer):
+    dataset = prepare()
+    shutil.rmtree(dataset.preprocessed / "nnUNetOneShotCPUPlans_3d_fullres")
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer")
+    with pytest.raises(OneShotError, match="does not exist, so configuration 3d_fullres has not been preprocessed"):
+        trainer.initialize()
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_unset_variable_is_named(variable, prepare, make_trainer, monkeypatch):
+    dataset = prepare()
+    monkeypatch.delenv(variable)
+    with pytest.raises(OneShotError, match=variable):
+        make_trainer(dataset, "OneShotSynthesisTrainer")
+
+
+def test_results_that_cannot_be_written_are_named(prepare, make_trainer, monkeypatch, tmp_path):
+    dataset = prepare()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "file"))
+    with pytest.raises(OneShotError, match="Cannot write .*file"):
+        make_trainer(dataset, "OneShotSynthesisTrainer")
+
+
+def test_wrong_setting_stops_before_anything_is_made(prepare, make_trainer):
+    dataset = prepare()
+    with pytest.raises(OneShotError, match="mirror_axis"):
+        make_trainer(dataset, "OneShotSynthesisTrainer", edit=block(mirror_axis=[0]))
+    assert not dataset.results.exists()
+
+
+def test_several_gpus_are_refused(prepare, make_trainer, monkeypatch):
+    dataset = prepare()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(OneShotError, match="-num_gpus 1"):
+        make_trainer(dataset, "OneShotDistillTrainer")
+
+
+def test_all_training_cases_named_as_atlases_leave_nothing_to_warp_to(prepare, make_trainer, stubs):
+    dataset = prepare()
+    everything = sorted(dataset.cases)
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer", fold="all", edit=block(atlases=everything))
+    trainer.initialize()
+    with pytest.raises(OneShotError, match="at least one unlabelled image.*OneShotAtlasTrainer"):
+        trainer.get_dataloaders()
+    alone = make_trainer(dataset, "OneShotAtlasTrainer", fold="all", edit=block(atlases=everything))
+    alone.initialize()
+    assert next(alone.get_dataloaders()[0])["data"].shape[0] == alone.batch_size
+
+
+def test_atlas_trainer_sees_the_atlas_alone(prepare, make_trainer):
+    trainer = make_trainer(prepare(), "OneShotAtlasTrainer")
+    trainer.initialize()
+    for loader in trainer.get_dataloaders():
+        assert set(next(loader)["keys"]) == set(trainer.roles.atlases)
+
+
+def test_plans_and_dataset_json_are_stored_for_prediction(prepare, make_trainer, short, stubs):
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer_1epoch")
+    trainer.run_training()
+    stored = json.loads(Path(trainer.output_folder_base, "plans.json").read_text())
+    assert stored["oneshot"]["seed"] == 12345

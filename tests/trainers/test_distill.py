@@ -1,0 +1,200 @@
+"""The distilling trainer's step, and the teacher's file beside the checkpoints."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_oneshot.errors import OneShotError
+
+NAME = "OneShotDistillTrainer_5epochs"
+
+
+@pytest.fixture
+def trainer(prepare, make_trainer, stubs):
+    trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(hint_weight=1.0))
+    trainer.initialize()
+    return trainer
+
+
+def copies(*modules):
+    return [torch.cat([p.detach().clone().flatten() for p in module.parameters()]) for module in modules]
+
+
+def files(folder):
+    return sorted(file for file in os.listdir(folder) if file.endswith(".pth"))
+
+
+def test_step_moves_student_teacher_and_projections(trainer):
+    loader, _ = trainer.get_dataloaders()
+    trainer.current_epoch = 4
+    parts = (trainer.network, trainer.distiller.teacher, trainer.distiller.projections)
+    before = copies(*parts)
+    losses = trainer.train_step(next(loader))
+    assert set(losses) == {"loss", "hint", "reconstruction"}
+    assert all(not torch.equal(a, b) for a, b in zip(before, copies(*parts), strict=True))
+
+
+def gradients_of_a_step(trainer, batch, **settings):
+    """Student's gradients after a step whose optimisers do not move anything."""
+    from dataclasses import replace
+
+    trainer.distiller.config = replace(trainer.distiller.config, **settings)
+    for optimizer in (trainer.optimizer, trainer.teacher_optimizer):
+        optimizer.step = lambda: None
+    trainer.train_step(batch)
+    student, teacher = (
+        torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
+        for m in (trainer.network, trainer.distiller.teacher)
+    )
+    return student, teacher
+
+
+def test_hint_reaches_the_student_and_not_the_teacher(trainer):
+    batch = next(trainer.get_dataloaders()[0])
+    trainer.current_epoch = 4
+    plain = gradients_of_a_step(trainer, batch, hint_weight=0.0)
+    hinted = gradients_of_a_step(trainer, batch, hint_weight=1.0)
+    assert not torch.allclose(plain[0], hinted[0])
+    assert torch.allclose(plain[1], hinted[1])
+
+
+def test_reconstruction_reaches_the_teacher_and_not_the_student(trainer):
+    batch = next(trainer.get_dataloaders()[0])
+    trainer.current_epoch = 4
+    none = gradients_of_a_step(trainer, batch, reconstruction_weight=0.0)
+    full = gradients_of_a_step(trainer, batch, reconstruction_weight=1.0)
+    assert torch.allclose(none[0], full[0])
+    assert none[1].abs().max() == 0 < full[1].abs().max()
+
+
+def test_without_hint_the_student_is_that_of_synthesis(prepare, make_trainer, stubs, short):
+    dataset = prepare()
+    weights = []
+    for name in ("OneShotSynthesisTrainer_1epoch", "OneShotDistillTrainer_1epoch"):
+        trainer = make_trainer(dataset, name, edit=lambda p: p["oneshot"]["distillation"].update(hint="none"))
+        trainer.run_training()
+        weights.append(copies(trainer.network)[0])
+    assert torch.equal(*weights)
+
+
+def test_teacher_learns_to_reconstruct(trainer):
+    batch = next(trainer.get_dataloaders()[0])
+    values = [float(trainer.train_step(batch)["reconstruction"]) for _ in range(12)]
+    assert values[-1] < 0.7 * values[0]
+
+
+def test_epochs_log_the_losses_and_the_weight(prepare, make_trainer, short, stubs):
+    trainer = make_trainer(prepare(), NAME)
+    trainer.run_training()
+    lines = [
+        line for line in Path(trainer.log_file).read_text().splitlines() if "reconstruction" in line and "hint " in line
+    ]
+    assert len(lines) == 5
+    assert "(weight 0.0000)" in lines[0]
+    assert "(weight 0.1000)" in lines[-1]
+    assert files(trainer.output_folder) == [
+        "checkpoint_best.pth",
+        "checkpoint_best_teacher.pth",
+        "checkpoint_final.pth",
+        "checkpoint_final_teacher.pth",
+    ]
+    assert trainer.teacher_optimizer.param_groups[0]["lr"] < 1e-3
+
+
+def latest(trainer):
+    return os.path.join(trainer.output_folder, "checkpoint_latest.pth")
+
+
+def test_resume_restores_student_teacher_and_optimisers(prepare, make_trainer, short, stubs):
+    dataset = prepare()
+    first = make_trainer(dataset, NAME)
+    first.on_train_start()
+    first.on_train_epoch_start()
+    for _ in range(2):
+        first.train_step(next(first.dataloader_train))
+    first.save_checkpoint(latest(first))
+    second = make_trainer(dataset, NAME, resume=True)
+    second.load_checkpoint(latest(first))
+    second.on_train_start()
+    assert second.current_epoch == 1
+    for a, b in zip(copies(first.network, first.distiller), copies(second.network, second.distiller), strict=True):
+        assert torch.equal(a, b)
+    moments = [t.teacher_optimizer.state_dict()["state"][0] for t in (first, second)]
+    assert moments[0]["step"] == moments[1]["step"] == 2
+    assert torch.equal(moments[0]["exp_avg"], moments[1]["exp_avg"])
+
+
+def saved_run(dataset, make_trainer):
+    trainer = make_trainer(dataset, NAME)
+    trainer.initialize()
+    trainer.save_checkpoint(latest(trainer))
+    return latest(trainer), latest(trainer).replace(".pth", "_teacher.pth")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (os.remove, "does not exist"),
+        (lambda path: Path(path).write_bytes(b"damaged"), "is damaged"),
+        (lambda path: torch.save({"distiller": {}}, path), "is damaged or belongs"),
+    ],
+)
+def test_missing_or_damaged_teacher_stops_the_resume(harm, message, prepare, make_trainer, stubs):
+    dataset = prepare()
+    student, teacher = saved_run(dataset, make_trainer)
+    harm(teacher)
+    trainer = make_trainer(dataset, NAME, resume=True)
+    trainer.load_checkpoint(student)
+    with pytest.raises(OneShotError, match=f"{teacher}.*{message}.*train again without --c"):
+        trainer.on_train_start()
+
+
+def test_teacher_of_another_epoch_stops_the_resume(prepare, make_trainer, stubs):
+    dataset = prepare()
+    student, teacher = saved_run(dataset, make_trainer)
+    content = torch.load(teacher)
+    torch.save({**content, "epoch": 7}, teacher)
+    trainer = make_trainer(dataset, NAME, resume=True)
+    trainer.load_checkpoint(student)
+    with pytest.raises(OneShotError, match="of epoch 7, the student's of epoch 1"):
+        trainer.on_train_start()
+
+
+def test_validation_needs_no_teacher(prepare, make_trainer, stubs):
+    dataset = prepare(labelled=("case_00",))
+    student, teacher = saved_run(dataset, make_trainer)
+    os.remove(teacher)
+    trainer = make_trainer(dataset, NAME)
+    trainer.load_checkpoint(student)
+    trainer.perform_actual_validation()
+
+
+def test_failed_save_keeps_both_files(prepare, make_trainer, stubs, monkeypatch):
+    dataset = prepare()
+    student, teacher = saved_run(dataset, make_trainer)
+    before = [Path(path).read_bytes() for path in (student, teacher)]
+    trainer = make_trainer(dataset, NAME)
+    trainer.initialize()
+    trainer.current_epoch = 3
+    original, calls = torch.save, []
+
+    def fail_at_the_second(content, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise RuntimeError("file write failed")
+        original(content, path)
+
+    monkeypatch.setattr(torch, "save", fail_at_the_second)
+    with pytest.raises(OneShotError, match="file write failed"):
+        trainer.save_checkpoint(student)
+    assert [Path(path).read_bytes() for path in (student, teacher)] == before
+
+
+def test_architecture_without_decoder_is_refused(prepare, make_trainer, monkeypatch):
+    import nnunet_oneshot.trainers.distill as module
+
+    monkeypatch.setattr(module, "build_teacher", lambda *_: torch.nn.Conv3d(1, 1, 1))
+    with pytest.raises(OneShotError, match="OneShotSynthesisTrainer"):
+        make_trainer(prepare(), NAME).initialize()

@@ -104,8 +104,8 @@ def _with_mirror_image(labels: np.ndarray, axis: int) -> tuple[np.ndarray, np.nd
     """A label map and its mirror image, both padded along ``axis`` so that their foregrounds overlap most.
 
     The overlap of the foreground with its mirror image about the plane ``s / 2`` is the self-convolution of the
-    foreground along the axis at ``s``. Planes far from the middle do not count: a large label overlaps itself best about
-    its own middle, whatever lies on the other side.
+    foreground along the axis at ``s``. Planes far from the middle do not count: a large label overlaps itself best
+    about its own middle, whatever lies on the other side.
     """
     size = labels.shape[axis]
     profile = np.moveaxis(labels > 0, axis, -1).reshape(-1, size)

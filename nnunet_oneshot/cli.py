@@ -197,8 +197,8 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(subparsers)
     _add_env(subparsers)
-    _add_plan_and_preprocess(subparsers)
     _add_export(subparsers)
+    _add_plan_and_preprocess(subparsers)
     _add_propagate(subparsers)
     return parser
 

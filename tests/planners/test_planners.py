@@ -1,0 +1,115 @@
+"""What the planners put into plans."""
+
+import json
+
+import numpy as np
+import pytest
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncM,
+)
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+import nnunet_oneshot.planners as planners
+from nnunet_oneshot.cli import main
+from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.planners import OneShotCPUPlanner, OneShotPlanner, OneShotResEncMPlanner
+
+NAMES = {
+    "OneShotPlanner": "nnUNetOneShotPlans",
+    "OneShotResEncMPlanner": "nnUNetOneShotResEncUNetMPlans",
+    "OneShotResEncLPlanner": "nnUNetOneShotResEncUNetLPlans",
+    "OneShotResEncXLPlanner": "nnUNetOneShotResEncUNetXLPlans",
+    "OneShotCPUPlanner": "nnUNetOneShotCPUPlans",
+}
+
+
+@pytest.fixture
+def dataset(tiny_dataset):
+    """A data set whose fingerprint claims large volumes, so that memory limits patches."""
+    dataset = tiny_dataset(3)
+    assert main(["plan_and_preprocess", "-d", str(dataset.id), "--no_pp", "--no_pbar"]) == 0
+    return dataset
+
+
+def pretend_size(dataset, shape, spacing):
+    for name in ("oneshot_fingerprint.json", "dataset_fingerprint.json"):
+        path = dataset.preprocessed / name
+        content = json.loads(path.read_text())
+        content.update(shapes_after_crop=[list(shape)] * 3, spacings=[list(spacing)] * 3)
+        path.write_text(json.dumps(content))
+
+
+def voxels(configuration):
+    return int(np.prod(configuration["patch_size"])) * configuration["batch_size"]
+
+
+def test_every_planner_is_listed():
+    assert sorted(NAMES) == sorted(planners.__all__)
+
+
+@pytest.mark.parametrize("planner", sorted(NAMES))
+def test_plans_have_their_own_name_and_data_and_load_in_nnunet(dataset, planner):
+    assert main(["plan_and_preprocess", "-d", str(dataset.id), "-pl", planner, "--no_pp", "--no_pbar"]) == 0
+    plans = json.loads((dataset.preprocessed / f"{NAMES[planner]}.json").read_text())
+    assert plans["plans_name"] == NAMES[planner]
+    for name in ("2d", "3d_fullres"):
+        manager = PlansManager(plans).get_configuration(name)
+        assert manager.data_identifier == f"{NAMES[planner]}_{name}"
+        assert manager.configuration["preprocessor_name"] == "DefaultPreprocessor"
+    OneShotConfig.from_plans(plans)
+
+
+@pytest.mark.parametrize(
+    ("ours", "nnunets"), [(OneShotPlanner, ExperimentPlanner), (OneShotResEncMPlanner, nnUNetPlannerResEncM)]
+)
+def test_student_and_teacher_share_the_memory_target(dataset, monkeypatch, ours, nnunets):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    pretend_size(dataset, (176, 176, 176), (1.0, 1.0, 1.0))
+    single = nnunets(dataset.name, plans_name="Single").plan_experiment()["configurations"]["3d_fullres"]
+    double = ours(dataset.name, plans_name="Double").plan_experiment()["configurations"]["3d_fullres"]
+    assert voxels(double) <= 0.75 * voxels(single)
+
+
+def test_memory_target_of_the_command(dataset):
+    pretend_size(dataset, (176, 176, 176), (1.0, 1.0, 1.0))
+    found = {}
+    for target in (4.0, 16.0):
+        plans = OneShotPlanner(dataset.name, target, plans_name=f"P{target:.0f}").plan_experiment()
+        found[target] = voxels(plans["configurations"]["3d_fullres"])
+    assert found[4.0] < found[16.0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [
+        ((36, 50, 35), (1.0, 1.0, 1.0)),
+        ((300, 512, 512), (1.5, 0.8, 0.8)),
+        ((20, 400, 400), (6.0, 0.7, 0.7)),
+    ],
+)
+def test_cpu_preset_limits_patches_batches_and_features(dataset, shape, spacing):
+    pretend_size(dataset, shape, spacing)
+    plans = OneShotCPUPlanner(dataset.name).plan_experiment()
+    for name, configuration in plans["configurations"].items():
+        if "patch_size" not in configuration:
+            continue
+        assert np.prod(configuration["patch_size"]) <= 100_000
+        assert voxels(configuration) <= 200_000
+        assert configuration["batch_size"] >= 2
+        features = configuration["architecture"]["arch_kwargs"]["features_per_stage"]
+        assert (features[0], max(features) <= 64) == (8, True)
+        if name == "3d_fullres":
+            assert configuration["batch_size"] == 2
+            assert [int(size) for size in configuration["median_image_size_in_voxels"]] == list(shape)
+
+
+def test_cpu_preset_takes_the_whole_hippocampus(dataset):
+    pretend_size(dataset, (36, 50, 35), (1.0, 1.0, 1.0))
+    plans = OneShotCPUPlanner(dataset.name).plan_experiment()
+    assert list(plans["configurations"]["3d_fullres"]["patch_size"]) == [40, 56, 40]
+
+
+def test_planner_works_with_no_augmentation_processes(dataset, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    assert "3d_fullres" in OneShotPlanner(dataset.name).plan_experiment()["configurations"]

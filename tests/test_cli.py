@@ -1,0 +1,93 @@
+"""The command line: fast, free of torch until it is needed, and clear about errors."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import nnunet_oneshot
+from nnunet_oneshot.cli import build_parser, main
+from nnunet_oneshot.environment import TRAINER_FOLDER, ext_trainer_value
+from nnunet_oneshot.errors import OneShotError
+
+
+def run(*arguments, **variables):
+    environment = {key: value for key, value in {**os.environ, **variables}.items() if value is not None}
+    return subprocess.run(
+        [sys.executable, "-m", "nnunet_oneshot.cli", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_importing_package_and_command_line_does_not_load_torch():
+    code = "import sys, nnunet_oneshot, nnunet_oneshot.cli as c; c.build_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_help_answers_within_a_third_of_a_second():
+    def seconds():
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        return time.perf_counter() - start
+
+    # The best of several: other work on the machine must not fail this test.
+    assert min(seconds() for _ in range(7)) < 0.3
+
+
+def test_version():
+    assert run("--version").stdout.strip() == f"nnunet_oneshot {nnunet_oneshot.__version__}"
+
+
+def test_no_command_is_a_usage_error():
+    result = run()
+    assert result.returncode == 2
+    assert "usage" in result.stderr
+
+
+def test_commands_are_listed_in_alphabetical_order():
+    (action,) = build_parser()._subparsers._group_actions
+    assert list(action.choices) == sorted(action.choices)
+
+
+def test_errors_a_user_can_mend_are_printed_without_traceback(monkeypatch, capsys):
+    def fail():
+        raise OneShotError("case_7 is broken: mend it.")
+
+    monkeypatch.setattr("nnunet_oneshot.environment.shell_export", fail)
+    assert main(["env"]) == 1
+    assert capsys.readouterr().err == "error: case_7 is broken: mend it.\n"
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("nnunet_oneshot.environment.shell_export", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["env"])
+
+
+@pytest.mark.parametrize("current", [None, ""])
+def test_env_sets_the_trainer_folder(current):
+    result = run("env", nnUNet_extTrainer=current)
+    assert result.stdout == f"export nnUNet_extTrainer={shlex.quote(str(TRAINER_FOLDER))}\n"
+
+
+def test_env_keeps_what_is_listed_and_adds_nothing_twice():
+    once = ext_trainer_value("/other place")
+    assert once.split(os.pathsep) == ["/other place", str(TRAINER_FOLDER)]
+    assert ext_trainer_value(once) == once
+
+
+def test_env_is_quoted_for_the_shell():
+    folder = "/it's; echo $HOME"
+    line = run("env", nnUNet_extTrainer=folder).stdout
+    shell = subprocess.run(["sh", "-c", f'{line}printf %s "$nnUNet_extTrainer"'], capture_output=True, text=True)
+    assert shell.stdout == f"{folder}{os.pathsep}{TRAINER_FOLDER}"
+
+
+def test_trainer_folder_holds_one_module():
+    assert [path.name for path in Path(TRAINER_FOLDER).glob("*.py")] == ["nnunet_oneshot_trainers.py"]

@@ -49,3 +49,17 @@ def test_deep_supervision_is_respected_when_it_is_switched():
 def test_network_without_decoder_is_refused(function):
     with pytest.raises(OneShotError, match="Sequential.*OneShotSynthesisTrainer"):
         function(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)))
+
+
+@pytest.mark.parametrize("deep_supervision", [True, False])
+def test_it_compiles_to_one_graph(deep_supervision):
+    network = student(2, deep_supervision=deep_supervision)
+    compiled = torch.compile(decoder_features, backend="aot_eager", fullgraph=True)
+    x = torch.rand(1, 1, 16, 16)
+    outputs, features = compiled(network, x)
+    expected, expected_features = decoder_features(network, x)
+    first = outputs[0] if deep_supervision else outputs
+    assert torch.allclose(first, expected[0] if deep_supervision else expected, atol=1e-6)
+    (first.mean() + features[1].mean()).backward()
+    assert all(p.grad is not None for p in network.encoder.parameters())
+    assert torch.allclose(features[0], expected_features[0], atol=1e-6)

@@ -198,3 +198,35 @@ def test_architecture_without_decoder_is_refused(prepare, make_trainer, monkeypa
     monkeypatch.setattr(module, "build_teacher", lambda *_: torch.nn.Conv3d(1, 1, 1))
     with pytest.raises(OneShotError, match="OneShotSynthesisTrainer"):
         make_trainer(prepare(), NAME).initialize()
+
+
+def test_mixed_precision_scales_both_backward_passes_and_steps_both(trainer):
+    batch = next(trainer.get_dataloaders()[0])
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    parts = (trainer.network, trainer.distiller.teacher, trainer.distiller.projections)
+    before = copies(*parts)
+    trainer.train_step(batch)
+    assert all(not torch.equal(a, b) for a, b in zip(before, copies(*parts), strict=True))
+    norms = [torch.stack([p.grad.norm() for p in m.parameters() if p.grad is not None]).norm() for m in parts]
+    assert all(norm <= 12.001 for norm in norms)
+
+
+def test_student_that_overflows_is_not_stepped(trainer):
+    batch = next(trainer.get_dataloaders()[0])
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batch["data"] = batch["data"] * float("inf")
+    before = copies(trainer.network)[0]
+    trainer.train_step(batch)
+    assert torch.equal(before, copies(trainer.network)[0])
+    assert trainer.grad_scaler.get_scale() == 512.0
+    assert torch.isfinite(copies(trainer.distiller.teacher)[0]).all()
+
+
+def test_compiled_network_is_unwrapped_for_its_features(trainer):
+    batch = next(trainer.get_dataloaders()[0])
+    trainer.network = torch.compile(trainer.network, backend="eager")
+    trainer._features = trainer.distiller._features = torch.compile(trainer._features, backend="eager")
+    before = copies(trainer.network)[0]
+    trainer.train_step(batch)
+    trainer.validation_step(batch)
+    assert not torch.equal(before, copies(trainer.network)[0])

@@ -9,7 +9,7 @@ import numpy as np
 from nnunet_oneshot.errors import OneShotError
 
 
-def load_image(folder: str, case: str) -> np.ndarray:
+def open_image(folder: str, case: str):
     """The preprocessed image of a case; the file of its label is not opened.
 
     Args:
@@ -17,24 +17,49 @@ def load_image(folder: str, case: str) -> np.ndarray:
         case: Name of the case.
 
     Returns:
-        (C, X, Y, Z).
+        (C, X, Y, Z) array that may lie on disk; a slice of it is a numpy array.
 
     Raises:
         OneShotError: The image is missing or unreadable.
     """
+    return _open(folder, case, "", "image", "data")
+
+
+def load_image(folder: str, case: str) -> np.ndarray:
+    """The preprocessed image of a case in memory, (C, X, Y, Z); see `open_image`."""
+    return open_image(folder, case)[:]
+
+
+def load_segmentation(folder: str, case: str) -> np.ndarray:
+    """The preprocessed label map of a case; in training, only for atlases.
+
+    Args:
+        folder: A configuration's folder of preprocessed data.
+        case: Name of the case.
+
+    Returns:
+        (1, X, Y, Z), -1 outside the nonzero region of the image.
+
+    Raises:
+        OneShotError: The file is missing or unreadable.
+    """
+    return _open(folder, case, "_seg", "label", "seg")[:]
+
+
+def _open(folder: str, case: str, suffix: str, what: str, key: str):
     import blosc2
 
     base = Path(folder)
     try:
-        if (path := base / f"{case}.b2nd").is_file():
-            return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})[:]
-        if (path := base / f"{case}.npy").is_file():
-            return np.load(path)
+        if (path := base / f"{case}{suffix}.b2nd").is_file():
+            return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})
+        if (path := base / f"{case}{suffix}.npy").is_file():
+            return np.load(path, mmap_mode="r")
         with np.load(path := base / f"{case}.npz") as arrays:
-            return arrays["data"]
+            return arrays[key]
     except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise OneShotError(
-            f"The preprocessed image {path} cannot be read ({error}). Preprocess the dataset again with "
+            f"The preprocessed {what} {path} cannot be read ({error}). Preprocess the dataset again with "
             f"`nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, `nnUNetv2_preprocess`."
         ) from error
 
@@ -56,33 +81,3 @@ def check_preprocessed(folder: str, configuration: str) -> None:
             f"The folder {folder} {found}, so configuration {configuration} has not been preprocessed: run "
             f"`nnunet_oneshot plan_and_preprocess -d DATASET -c {configuration}` first."
         )
-
-
-def load_segmentation(folder: str, case: str) -> np.ndarray:
-    """The preprocessed label map of a case; in training, only for atlases.
-
-    Args:
-        folder: A configuration's folder of preprocessed data.
-        case: Name of the case.
-
-    Returns:
-        (1, X, Y, Z), -1 outside the nonzero region of the image.
-
-    Raises:
-        OneShotError: The file is missing or unreadable.
-    """
-    import blosc2
-
-    base = Path(folder)
-    try:
-        if (path := base / f"{case}_seg.b2nd").is_file():
-            return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})[:]
-        if (path := base / f"{case}_seg.npy").is_file():
-            return np.load(path)
-        with np.load(path := base / f"{case}.npz") as arrays:
-            return arrays["seg"]
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise OneShotError(
-            f"The preprocessed label {path} cannot be read ({error}). Preprocess the dataset again with "
-            f"`nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, `nnUNetv2_preprocess`."
-        ) from error

@@ -51,8 +51,9 @@ def register_affine(
 ) -> AffineResult:
     """Registers ``moving`` to ``fixed`` with an affine transform.
 
-    Each start (centres of the grids, centres of mass) is optimised coarse to fine; the best by the metric is kept. Where
-    nothing beats laying the centres on each other, that is the result. Single-threaded inside, so that equal inputs give equal results.
+    Each start (centres of the grids, centres of mass) is optimised coarse to fine; the best by the metric is kept.
+    Where nothing beats laying the centres on each other, that is the result. Single-threaded inside, so that equal
+    inputs give equal results.
 
     Args:
         fixed: (C, *shape) image with D = 2 or 3 spatial axes; channels are averaged after z-scoring.

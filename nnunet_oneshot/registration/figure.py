@@ -82,8 +82,9 @@ def _outlined(cut: np.ndarray, seg: np.ndarray) -> np.ndarray:
     panel = _magnified(_grey(cut))
     labels = _magnified(seg)
     edge = np.zeros(labels.shape, bool)
-    edge[:-1] |= labels[:-1] != labels[1:]
-    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    for axis in range(2):
+        for shift in (-1, 1):
+            edge |= labels != np.roll(labels, shift, axis)
     edge &= labels > 0
     panel[edge] = _COLOURS[(labels[edge].astype(int) - 1) % len(_COLOURS)]
     return panel

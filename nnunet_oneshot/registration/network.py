@@ -69,9 +69,7 @@ class RegistrationNetwork(nn.Module):
             padding += [0, max(-(-size // divisor), 2) * divisor - size]
         atlas, fixed = (F.pad(image, padding, mode="constant") for image in (atlas, fixed))
         atlas_skips, fixed_skips = self.unet.encoder(atlas), self.unet.encoder(fixed)
-        joined = [
-            join(torch.cat(pair, dim=1)) for join, *pair in zip(self.join, atlas_skips, fixed_skips, strict=True)
-        ]
+        joined = [join(torch.cat(pair, dim=1)) for join, *pair in zip(self.join, atlas_skips, fixed_skips, strict=True)]
         velocity = self.unet.decoder(joined)
         velocity = velocity[(slice(None), slice(None), *(slice(0, n) for n in shape))]
         return velocity, atlas_skips[-1].flatten(2).mean(2), fixed_skips[-1].flatten(2).mean(2)

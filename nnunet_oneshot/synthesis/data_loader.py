@@ -1,0 +1,241 @@
+"""nnU-Net's data loader, fed with patches made from the atlas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from threadpoolctl import threadpool_limits
+
+from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.data.preprocessed import open_image
+from nnunet_oneshot.registration.cache import Registration, RegistrationCache
+from nnunet_oneshot.registration.quality import draw_weights
+from nnunet_oneshot.seeding import derive_seed
+from nnunet_oneshot.synthesis.sampler import (
+    Atlas,
+    Deformation,
+    apply_appearance,
+    case_location,
+    draw_deformation,
+    sample_patch,
+)
+from nnunet_oneshot.synthesis.spatial import patch_coordinates, split_spatial
+
+
+class OneShotDataLoader(nnUNetDataLoader):
+    """Yields for every sample a synthetic patch, its label, and the real patch it is aligned with.
+
+    nnU-Net's own loader chooses the place of a patch, and nnU-Net's transforms augment it; the spatial ones are turned
+    into coordinates (see `nnunet_oneshot.synthesis.spatial`). Built by `build_oneshot_loader`.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        atlases: dict[str, Atlas],
+        registrations: dict[tuple[str, str], Registration],
+        *,
+        batch_size: int,
+        initial_patch_size: Sequence[int],
+        patch_size: Sequence[int],
+        label_manager: LabelManager,
+        transforms: BasicTransform,
+        config: OneShotConfig,
+        source: str,
+        augment: bool,
+        oversample_foreground_percent: float,
+        seed: int,
+    ) -> None:
+        spatial, remaining = split_spatial(transforms)
+        super().__init__(
+            dataset,
+            batch_size,
+            initial_patch_size,
+            patch_size,
+            label_manager,
+            oversample_foreground_percent=oversample_foreground_percent,
+            transforms=remaining,
+        )
+        self.spatial = spatial
+        self.atlases = atlases
+        self.registrations = registrations
+        self.config = config
+        self.source = source
+        self.augment = augment
+        self.seed = seed
+        self.pairs = sorted(registrations)
+        self.pair_weights = draw_weights([registrations[pair] for pair in self.pairs])
+
+    def set_thread_id(self, thread_id: int) -> None:
+        """Called by batchgenerators in each worker; seeds torch there, which batchgenerators leaves alone."""
+        super().set_thread_id(thread_id)
+        torch.set_num_threads(1)
+        torch.manual_seed(derive_seed(self.seed, thread_id))
+
+    def generate_train_batch(self) -> dict:
+        """One batch.
+
+        Returns:
+            ``data`` (B, C, *patch) float32, ``target`` as nnU-Net's loader gives it, ``real`` (B, C, *patch) float32
+            aligned with ``data``, ``keys`` (the unlabelled cases), ``atlases``, and ``weight`` (B,) float32, the trust
+            in each registration.
+        """
+        probabilities = self.pair_weights / self.pair_weights.sum()
+        drawn = np.random.choice(len(self.pairs), self.batch_size, p=probabilities)
+        samples = []
+        with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
+            for index, pair in enumerate(drawn):
+                samples.append(self._sample(*self.pairs[pair], self.get_do_oversample(index)))
+        segs = [sample["segmentation"] for sample in samples]
+        return {
+            "data": torch.stack([sample["image"].float() for sample in samples]),
+            "target": [torch.stack(level) for level in zip(*segs, strict=True)]
+            if isinstance(segs[0], list)
+            else torch.stack(segs),
+            "real": torch.stack([sample["regression_target"].float() for sample in samples]),
+            "keys": [self.pairs[pair][1] for pair in drawn],
+            "atlases": [self.pairs[pair][0] for pair in drawn],
+            "weight": torch.from_numpy(self.pair_weights[drawn].astype(np.float32)),
+        }
+
+    def _sample(self, atlas_name: str, case: str, foreground: bool) -> dict:
+        atlas, registration = self.atlases[atlas_name], self.registrations[atlas_name, case]
+        augment = self.augment and self.source == "synthetic"
+        deformation = draw_deformation(
+            registration, lambda: self._other(atlas_name), self.config.synthesis, augment=augment
+        )
+        locations = self._locations(deformation, atlas) if foreground or self.has_ignore else None
+        # Where no label of the atlas is left to aim at, nnU-Net's loader falls back to a random place.
+        corner, _ = self.get_bbox(registration.case_shape, foreground, locations)
+        points = patch_coordinates(corner, self.patch_size, self.final_patch_size, self.spatial)
+        data = self._data.load_case(case)[0]
+        patch = sample_patch(points, deformation, atlas, lambda box: data[(slice(None), *box)])
+        if augment:
+            patch = apply_appearance(patch, self.config.synthesis)
+        image = patch.synthetic if self.source == "synthetic" else patch.real.clone()
+        sample = {"image": image, "segmentation": patch.seg, "regression_target": patch.real}
+        if self.patch_size_was_2d:
+            sample = {name: volume[:, 0] for name, volume in sample.items()}
+        return self.transforms(**sample)
+
+    def _other(self, atlas_name: str) -> Registration:
+        """The registration of the atlas to a random case."""
+        pairs = [index for index, (atlas, _) in enumerate(self.pairs) if atlas == atlas_name]
+        weights = self.pair_weights[pairs] + 1e-12
+        return self.registrations[self.pairs[np.random.choice(pairs, p=weights / weights.sum())]]
+
+    def _locations(self, deformation: Deformation, atlas: Atlas) -> dict:
+        """nnU-Net's class locations with one place a class, moved from the atlas to the case."""
+        moved = {}
+        for name, places in atlas.class_locations.items():
+            if len(places) == 0:
+                moved[name] = []
+                continue
+            place = places[np.random.choice(len(places))]
+            moved[name] = [[0, *case_location(deformation, place[1:])]]
+        return moved
+
+
+def build_oneshot_loader(
+    *,
+    dataset_folder: str,
+    dataset_class,
+    atlases: Sequence[str],
+    cases: Sequence[str],
+    registrations: RegistrationCache,
+    batch_size: int,
+    initial_patch_size: Sequence[int],
+    patch_size: Sequence[int],
+    label_manager: LabelManager,
+    transforms: BasicTransform,
+    config: OneShotConfig,
+    source: str,
+    augment: bool,
+    oversample_foreground_percent: float,
+    seed: int,
+) -> OneShotDataLoader:
+    """Loads atlases and registrations into memory and builds the loader.
+
+    Args:
+        dataset_folder: Preprocessed data of the configuration.
+        dataset_class: nnU-Net's dataset class for it.
+        atlases: Labelled cases.
+        cases: Unlabelled cases; of each only the image is read.
+        registrations: Holds every atlas registered to every case.
+        batch_size: Samples a batch.
+        initial_patch_size: Size from which nnU-Net cuts the final patch when it augments; 2 or 3 axes.
+        patch_size: Final size.
+        label_manager: nnU-Net's.
+        transforms: nnU-Net's training or validation transforms.
+        config: Settings; ``config.synthesis`` says what is drawn.
+        source: ``"synthetic"``: data is the warped atlas. ``"real"``: data is the real image with the warped label.
+        augment: Whether deformation and appearance are varied.
+        oversample_foreground_percent: Share of samples that must hold foreground, as in nnU-Net.
+        seed: Seed of torch in the worker processes.
+    """
+    loaded = {}
+    dataset = dataset_class(dataset_folder, list(atlases))
+    for name in atlases:
+        image, seg, _, properties = dataset.load_case(name)
+        loaded[name] = Atlas(
+            torch.from_numpy(np.asarray(image[:], np.float32)),
+            torch.from_numpy(np.asarray(seg[:], np.int16)),
+            properties["class_locations"],
+        )
+    pairs = {(a, c): registrations.load(a, c) for a in atlases for c in cases if a != c}
+    return OneShotDataLoader(
+        ImagesOnly(dataset_folder, cases),
+        loaded,
+        pairs,
+        batch_size=batch_size,
+        initial_patch_size=initial_patch_size,
+        patch_size=patch_size,
+        label_manager=label_manager,
+        transforms=transforms,
+        config=config,
+        source=source,
+        augment=augment,
+        oversample_foreground_percent=oversample_foreground_percent,
+        seed=seed,
+    )
+
+
+class ImagesOnly:
+    """Stands in for an nnU-Net dataset; opens the image of a case and never its label."""
+
+    def __init__(self, folder: str, identifiers: Sequence[str]) -> None:
+        self.identifiers = sorted(identifiers)
+        self.folder = folder
+
+    def load_case(self, identifier: str) -> tuple:
+        """(image, None, None, {}); the image can be sliced without reading the whole file."""
+        return open_image(self.folder, identifier), None, None, {}
+
+
+def wrap_workers(loader: OneShotDataLoader, num_processes: int, seed: int, pin_memory: bool):
+    """Runs a loader in nnU-Net's worker processes, with batches in an order that depends on the seed alone.
+
+    Args:
+        loader: The loader.
+        num_processes: Number of workers; 0 stays in this process, which then should be seeded.
+        seed: Each worker's numpy seed is derived from it.
+        pin_memory: Whether batches are put into pinned memory.
+    """
+    if num_processes == 0:
+        return SingleThreadedAugmenter(loader, None)
+    return MultiThreadedAugmenter(
+        loader,
+        None,
+        num_processes,
+        num_cached_per_queue=2,
+        seeds=[derive_seed(seed, worker) for worker in range(num_processes)],
+        pin_memory=pin_memory,
+        wait_time=0.002,
+    )

@@ -63,6 +63,15 @@ class OneShotTrainer(nnUNetTrainer):
         check_preprocessed(self.preprocessed_dataset_folder, self.configuration_name)
         seed_everything(self.config.seed)
         super().initialize()
+        self.network = self.place(self.network)
+
+    def place(self, network: torch.nn.Module) -> torch.nn.Module:
+        """A network on the device of training, in the memory format that is fastest there."""
+        # Measured on a processor: a quarter to a third faster in 3D with few features, slower in 2D.
+        is_3d = len(self.configuration_manager.patch_size) == 3
+        if self.device.type == "cpu" and is_3d:
+            return network.to(self.device, memory_format=torch.channels_last_3d)
+        return network.to(self.device)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         cases, labelled = self._cases(), self._labelled_cases()

@@ -46,7 +46,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.config.seed, 2))
             teacher = build_teacher(self.configuration_manager, self.num_input_channels)
-            self.distiller = Distiller(teacher, settings, features=self._features).to(self.device)
+            self.distiller = self.place(Distiller(teacher, settings, features=self._features))
         self.teacher_optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=settings.teacher_learning_rate)
         self.teacher_scheduler = PolyLRScheduler(
             self.teacher_optimizer, settings.teacher_learning_rate, self.num_epochs

@@ -318,3 +318,12 @@ def test_plans_and_dataset_json_are_stored_for_prediction(prepare, make_trainer,
     trainer.run_training()
     stored = json.loads(Path(trainer.output_folder_base, "plans.json").read_text())
     assert stored["oneshot"]["seed"] == 12345
+
+
+@pytest.mark.parametrize(("configuration", "last"), [("3d_fullres", True), ("2d", False)])
+def test_memory_format_on_a_processor(configuration, last, prepare, make_trainer):
+    trainer = make_trainer(prepare(configuration), "OneShotDistillTrainer", configuration=configuration)
+    trainer.initialize()
+    for network in (trainer.network, trainer.distiller.teacher):
+        weight = network.encoder.stages[1][0].convs[0].conv.weight
+        assert weight.is_contiguous() != last

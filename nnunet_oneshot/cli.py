@@ -187,6 +187,37 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_propagate)
 
 
+def _register(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.registration.command import register
+
+    register(
+        dataset=options.d,
+        configuration=options.c,
+        plans_name=options.p,
+        folds=options.f,
+        device=options.device,
+        figures=not options.no_figures,
+    )
+
+
+def _add_register(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "register",
+        help="register the atlas to all cases ahead of training, with a picture of each",
+        description="Registers the atlas of each fold to all other cases from images alone. Results are kept beside "
+        "the preprocessed data and resumed after an interruption; training uses them, and computes what is missing.",
+    )
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
+    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
+    parser.add_argument(
+        "-p", default="nnUNetOneShotPlans", metavar="PLANS", help="name of the plans (default: %(default)s)"
+    )
+    parser.add_argument("-f", nargs="+", default=["0"], metavar="FOLD", help="folds (default: 0)")
+    parser.add_argument("--device", default="cpu", help="where the deformable stage runs (default: cpu)")
+    parser.add_argument("--no_figures", action="store_true", help="draw no pictures")
+    parser.set_defaults(run=_register)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command, one subparser for each subcommand."""
     parser = argparse.ArgumentParser(
@@ -200,6 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(subparsers)
     _add_plan_and_preprocess(subparsers)
     _add_propagate(subparsers)
+    _add_register(subparsers)
     return parser
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,10 @@ def _plan(raw: RawDataset, planner_class: type, options: Options, log: Callable[
         arguments["gpu_memory_target_in_gb"] = options.gpu_memory_target
     if options.plans_name is not None:
         arguments["plans_name"] = options.plans_name
+    copied = Path(os.environ["nnUNet_preprocessed"]) / raw.name / "dataset.json"
+    if copied.is_file():
+        # nnU-Net's planner copies permissions too, and then cannot replace the copy of a read-only file.
+        copied.chmod(copied.stat().st_mode | stat.S_IWUSR)
     with contextlib.nullcontext() if options.verbose else contextlib.redirect_stdout(io.StringIO()):
         planner = planner_class(raw.name, **arguments)
         planner.plan_experiment()

@@ -123,11 +123,6 @@ def _check_fold(
             f"Fold {fold} of {path} has no labelled case in its training part, so there is no atlas. "
             f"Labelled: {', '.join(labelled)}. {remedy}"
         )
-    if len(set(train)) < 2:
-        raise OneShotError(
-            f"The training part of fold {fold} of {path} holds only {train}: the atlas needs at least one further case "
-            f"to be warped to. {remedy}"
-        )
 
 
 def _random_fold(cases: list[str], labelled: list[str], fold: int) -> tuple[list[str], list[str]]:

@@ -168,8 +168,11 @@ def similarity_loss(
         loss = LocalNormalizedCrossCorrelationLoss(
             spatial_dims=dim, kernel_size=max(window, 3), smooth_nr=0.0, smooth_dr=1e-3, reduction="none"
         )
-        flat = (-1, 1, *fixed.shape[2:])
-        values = loss(warped.reshape(flat), fixed.reshape(flat)).reshape(fixed.shape)
+        # MONAI pads with zeros, which would count as contrast at the border: repeat the border voxels instead.
+        margin = max(window, 3) // 2
+        padded = [F.pad(v.reshape(-1, 1, *fixed.shape[2:]), [margin] * 2 * dim, "replicate") for v in (warped, fixed)]
+        inner = (slice(None), slice(None), *[slice(margin, -margin)] * dim)
+        values = loss(*padded)[inner].reshape(fixed.shape)
     if mask is None:
         return values.flatten(1).mean(1)
     mask = mask.float().expand_as(values)

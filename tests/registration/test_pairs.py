@@ -1,0 +1,155 @@
+"""Affine and deformable registration recover known maps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import affine_transform, gaussian_filter
+
+from nnunet_oneshot.config import RegistrationConfig
+from nnunet_oneshot.registration.affine import centre_alignment, register_affine
+from nnunet_oneshot.registration.functional import integrate_velocity, resize, warp
+from nnunet_oneshot.registration.grid import RegistrationGrid
+from nnunet_oneshot.registration.pairs import register_arrays
+from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case, warp_label_probabilities
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def blobs(shape, seed=0):
+    """A smooth random image with a bright ellipsoid in the middle, (1, *shape)."""
+    rng = np.random.default_rng(seed)
+    texture = gaussian_filter(rng.standard_normal(shape), 2)
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    radius = np.sqrt(sum(a**2 for a in axes))
+    return (texture / texture.std() * 0.3 + 2.0 / (1 + np.exp(12 * (radius - 0.55))))[None].astype(np.float32)
+
+
+def pulled(image, matrix, shape=None):
+    """image read at matrix(p), (1, *shape)."""
+    dim = image.ndim - 1
+    return affine_transform(
+        image[0], matrix[:dim, :dim], matrix[:dim, dim], output_shape=shape or image.shape[1:], order=1, mode="nearest"
+    )[None]
+
+
+def mean_error(found, expected, shape):
+    points = np.stack(np.meshgrid(*[np.arange(4, n - 4) for n in shape], indexing="ij")).reshape(len(shape), -1)
+    points = np.concatenate([points, np.ones((1, points.shape[1]))])
+    return np.linalg.norm((found @ points - expected @ points)[:-1], axis=0).mean()
+
+
+def test_identity_stays_identity():
+    image = blobs((24, 22, 20))
+    result = register_affine(image, image, fixed_spacing=(1, 1, 1), moving_spacing=(1, 1, 1))
+    assert mean_error(result.matrix, np.eye(4), image.shape[1:]) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(40, 36), (30, 28, 26)])
+def test_known_affine_is_recovered(shape):
+    dim = len(shape)
+    moving = blobs(shape)
+    matrix = np.eye(dim + 1)
+    angle = 0.15
+    matrix[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    matrix[:dim, :dim] *= 1.08
+    centre = (np.array(shape) - 1) / 2
+    matrix[:dim, dim] = centre - matrix[:dim, :dim] @ centre + np.arange(1, dim + 1)
+    fixed = pulled(moving, matrix)
+    result = register_affine(fixed, moving, fixed_spacing=(1,) * dim, moving_spacing=(1,) * dim)
+    assert mean_error(result.matrix, matrix, shape) < 0.4
+    assert result.metric_after < result.metric_before
+
+
+def test_translation_in_mm_under_anisotropic_spacing():
+    shape, spacing = (16, 40, 40), (3.0, 1.0, 1.0)
+    moving = blobs(shape)
+    matrix = np.eye(4)
+    matrix[:3, 3] = (1, -3, 2)
+    result = register_affine(pulled(moving, matrix), moving, fixed_spacing=spacing, moving_spacing=spacing)
+    assert np.abs((result.matrix[:3, 3] - matrix[:3, 3]) * spacing).max() < 1.0
+
+
+def test_centres_are_aligned_across_spacings():
+    matrix = centre_alignment((11, 11, 11), (21, 21, 21), (2, 2, 2), (1, 1, 1))
+    assert np.allclose(matrix @ [5, 5, 5, 1], [10, 10, 10, 1])
+    assert np.allclose(np.diag(matrix), [2, 2, 2, 1])
+
+
+def test_constant_images_fall_back_to_the_centres():
+    flat = np.ones((1, 12, 12, 12), np.float32)
+    result = register_affine(flat, flat, fixed_spacing=(1, 1, 1), moving_spacing=(1, 1, 1))
+    assert result.start == "identity"
+    assert np.allclose(result.matrix, np.eye(4))
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 36), (28, 26, 24)])
+def test_known_smooth_deformation_is_recovered(shape):
+    atlas = blobs(shape[shape[0] == 1 :] if shape[0] == 1 else shape)
+    dim = atlas.ndim - 1
+    generator = torch.Generator().manual_seed(1)
+    velocity = 1.5 * resize(torch.randn(1, dim, *[4] * dim, generator=generator), atlas.shape[1:])
+    case = warp(torch.from_numpy(atlas)[None], integrate_velocity(velocity))[0].numpy()
+    if dim == 2:
+        atlas, case = atlas[:, None], case[:, None]
+    registration = register_arrays(atlas, case, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1))
+    warped, _ = warp_atlas_to_case(registration, atlas, np.zeros((1, *shape), np.int16))
+    before, after = np.abs(atlas - case).mean(), np.abs(warped - case).mean()
+    assert after < 0.5 * before
+    assert registration.quality["similarity_after"] > registration.quality["similarity_before"]
+    assert registration.quality["folding"] < 1e-4
+    assert registration.velocity.shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("atlas_shape", "case_shape"), [((8, 8, 8), (8, 8, 8)), ((9, 31, 12), (26, 10, 15)), ((1, 33, 20), (1, 18, 41))]
+)
+def test_odd_tiny_and_unequal_shapes(atlas_shape, case_shape):
+    registration = register_arrays(
+        blobs(atlas_shape) if atlas_shape[0] > 1 else blobs(atlas_shape[1:])[:, None],
+        blobs(case_shape, 1) if case_shape[0] > 1 else blobs(case_shape[1:], 1)[:, None],
+        atlas_spacing=(1, 1, 1),
+        case_spacing=(1.5, 1, 1),
+    )
+    coordinates = atlas_coordinates(registration)
+    assert coordinates.shape == (3, *case_shape)
+    assert torch.isfinite(coordinates).all()
+
+
+def test_several_channels_are_all_used():
+    image = np.concatenate([blobs((20, 20, 20), seed) for seed in range(2)])
+    registration = register_arrays(image, np.roll(image, 2, 1), atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1))
+    assert registration.quality["similarity_after"] > 0.5
+
+
+def test_equal_inputs_give_equal_results():
+    atlas, case = blobs((20, 18, 16)), blobs((20, 18, 16), 3)
+    first, second = (register_arrays(atlas, case, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1)) for _ in range(2))
+    assert np.array_equal(first.velocity, second.velocity)
+    assert np.array_equal(first.affine, second.affine)
+
+
+def test_label_probabilities_sum_to_one():
+    atlas, case = blobs((16, 16, 16)), blobs((16, 16, 16), 2)
+    seg = (atlas > 1).astype(np.int16) + (atlas > 2)
+    registration = register_arrays(atlas, case, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1))
+    probabilities = warp_label_probabilities(registration, seg, [0, 1, 2])
+    assert np.allclose(probabilities.sum(0), 1, atol=1e-4)
+
+
+def test_affine_alone_needs_no_iterations():
+    config = RegistrationConfig(refine_iterations=(0,))
+    atlas = blobs((16, 16, 16))
+    registration = register_arrays(atlas, atlas, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1), config=config)
+    assert not registration.velocity.any()
+
+
+def test_registration_grid_respects_the_limit_and_covers_the_atlas():
+    grid = RegistrationGrid.over((100, 200, 20), (1.0, 1.0, 5.0), 60_000)
+    assert np.prod(grid.shape) <= 60_000
+    assert grid.shape[2] == 20
+    assert np.allclose(np.array(grid.shape) * grid.spacing, [100, 200, 100])

@@ -61,6 +61,9 @@ class OneShotTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         check_preprocessed(self.preprocessed_dataset_folder, self.configuration_name)
+        # With one scale nnU-Net's weights of deep supervision are 0 / 0, and the loss is not a number.
+        if len(self.configuration_manager.pool_op_kernel_sizes) < 3:
+            self.enable_deep_supervision = False
         seed_everything(self.config.seed)
         super().initialize()
         self.network = self.place(self.network)
@@ -124,8 +127,10 @@ class OneShotTrainer(nnUNetTrainer):
         )
         validation = self.get_validation_transforms(scales, **targets)
         # A resumed run goes on with other patches than those it started with.
-        seeds = [derive_seed(self.config.seed, self.current_epoch, stream) for stream in (0, 1)]
+        *seeds, own = [derive_seed(self.config.seed, self.current_epoch, stream) for stream in range(3)]
         loaders = self.build_loaders(training, validation, initial_patch_size, seeds)
+        # Whatever was drawn until here (a teacher, registrations that were not cached) leaves training as it is.
+        seed_everything(own)
         processes = get_allowed_n_proc_DA()
         numbers = (processes, max(1, processes // 2) if processes else 0)
         pin = self.device.type == "cuda"

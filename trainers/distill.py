@@ -15,7 +15,6 @@ from nnunet_oneshot.checkpoints import saving_checkpoint
 from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, save_teacher, teacher_file
-from nnunet_oneshot.seeding import derive_seed
 from nnunet_oneshot.trainers.base import CUDA
 from nnunet_oneshot.trainers.synthesis import OneShotSynthesisTrainer
 
@@ -42,11 +41,8 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         # nnU-Net compiles the network's forward pass, which gives no features: the function that does is compiled.
         self._features = torch.compile(decoder_features) if self._do_i_compile() else decoder_features
         settings = self.config.distillation
-        # A stream of its own, so that without hint the student sees and becomes what OneShotSynthesisTrainer's does.
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(self.config.seed, 2))
-            teacher = build_teacher(self.configuration_manager, self.num_input_channels)
-            self.distiller = self.place(Distiller(teacher, settings, features=self._features))
+        teacher = build_teacher(self.configuration_manager, self.num_input_channels)
+        self.distiller = self.place(Distiller(teacher, settings, features=self._features))
         self.teacher_optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=settings.teacher_learning_rate)
         self.teacher_scheduler = PolyLRScheduler(
             self.teacher_optimizer, settings.teacher_learning_rate, self.num_epochs

@@ -106,7 +106,11 @@ class StubLoader:
             for _ in range(number)
         ]
         data = torch.stack([sample["image"] for sample in samples])
-        targets = [torch.stack(level) for level in zip(*[sample["segmentation"] for sample in samples], strict=True)]
+        segs = [sample["segmentation"] for sample in samples]
+        if isinstance(segs[0], list):
+            targets = [torch.stack(level) for level in zip(*segs, strict=True)]
+        else:
+            targets = torch.stack(segs)
         keys = list(self.arguments["cases"][:1]) * number
         return {"data": data, "target": targets, "real": data.flip(2), "weight": torch.ones(number), "keys": keys}
 

@@ -327,3 +327,16 @@ def test_memory_format_on_a_processor(configuration, last, prepare, make_trainer
     for network in (trainer.network, trainer.distiller.teacher):
         weight = network.encoder.stages[1][0].convs[0].conv.weight
         assert weight.is_contiguous() != last
+
+
+def test_network_of_two_stages_trains_without_deep_supervision(prepare, make_trainer, short, stubs):
+    def shorten(plans):
+        kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+        for name in ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage"):
+            kwargs[name] = kwargs[name][:2]
+        kwargs["n_conv_per_stage_decoder"] = kwargs["n_conv_per_stage_decoder"][:1]
+        kwargs["n_stages"] = 2
+
+    trainer = make_trainer(prepare(), "OneShotDistillTrainer_1epoch", edit=shorten)
+    trainer.run_training()
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=-1))

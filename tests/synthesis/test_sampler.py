@@ -1,0 +1,156 @@
+"""Synthetic and real patches stay aligned, whatever deformation is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from nnunet_oneshot.config import SynthesisConfig
+from nnunet_oneshot.registration.cache import Registration
+from nnunet_oneshot.registration.functional import identity_grid
+from nnunet_oneshot.registration.warp import warp_atlas_to_case
+from nnunet_oneshot.synthesis.functional import (
+    local_appearance_difference,
+    match_quantiles,
+    random_velocity,
+    transfer_appearance,
+)
+from nnunet_oneshot.synthesis.sampler import Atlas, case_location, draw_deformation, sample_patch
+
+SHAPE = (20, 22, 18)
+ALWAYS = SynthesisConfig(p_scale=1, p_mix=1, p_random=1, random_magnitude=1.0)
+
+
+def smooth_image(seed=0, shape=SHAPE):
+    image = gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 2)
+    return (image / image.std())[None].astype(np.float32)
+
+
+def registration(seed=0, shift=(1.0, -2.0, 0.5)):
+    affine = np.eye(4)
+    affine[:3, 3] = shift
+    rng = np.random.default_rng(seed)
+    velocity = random_velocity((10, 11, 9), SHAPE, magnitude=0.8, smoothness=5, rng=rng)
+    return Registration("a", "c", affine, velocity.numpy(), SHAPE, SHAPE, {"similarity_after": 0.5})
+
+
+def atlas():
+    image = smooth_image()
+    seg = np.digitize(image, (0.0, 0.6)).astype(np.int16)
+    return Atlas(torch.from_numpy(image), torch.from_numpy(seg), {1: np.argwhere(seg == 1), 2: np.argwhere(seg == 2)})
+
+
+def drawn(config=ALWAYS, augment=True, seed=0):
+    np.random.seed(seed)
+    return draw_deformation(registration(1), lambda: registration(2), config, augment=augment)
+
+
+def test_without_augmentation_the_patch_is_the_registration():
+    source, pair = atlas(), registration(1)
+    patch = sample_patch(
+        identity_grid(SHAPE), drawn(augment=False), source, lambda box: smooth_image(3)[(slice(None), *box)]
+    )
+    image, seg = warp_atlas_to_case(pair, source.image.numpy(), source.seg.numpy())
+    assert np.abs(patch.synthetic.numpy() - image).mean() < 0.02
+    assert (patch.seg.numpy() == seg).mean() > 0.99
+    assert np.allclose(patch.real.numpy(), smooth_image(3), atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_drawn_deformations_keep_both_patches_aligned(seed):
+    """Where the case is the warped atlas itself, synthetic and real patch must agree."""
+    source, pair = atlas(), registration(1)
+    case, _ = warp_atlas_to_case(pair, source.image.numpy(), source.seg.numpy())
+    points = identity_grid(tuple(n - 8 for n in SHAPE)) + 4
+    plain = sample_patch(points, drawn(augment=False), source, lambda box: case[(slice(None), *box)])
+    patch = sample_patch(points, drawn(seed=seed), source, lambda box: case[(slice(None), *box)])
+    inside = patch.real != 0
+    moved = (patch.synthetic - plain.synthetic).abs()[inside].mean()
+    apart = (patch.synthetic - patch.real).abs()[inside].mean()
+    assert moved > 0.05
+    assert apart < 0.4 * moved
+
+
+def test_label_follows_the_synthetic_image_exactly():
+    source = atlas()
+    patch = sample_patch(identity_grid(SHAPE), drawn(seed=5), source, lambda box: smooth_image()[(slice(None), *box)])
+    expected = np.digitize(patch.synthetic.numpy(), (0.0, 0.6))
+    inside = patch.seg.numpy() >= 0
+    assert (patch.seg.numpy() == expected)[inside].mean() > 0.9
+
+
+def test_outside_the_case_is_padded_as_nnunet_does():
+    points = identity_grid((6, 6, 6)) - 10
+    patch = sample_patch(points, drawn(augment=False), atlas(), lambda box: smooth_image()[(slice(None), *box)])
+    assert not patch.synthetic.any()
+    assert not patch.real.any()
+    assert (patch.seg == -1).all()
+
+
+def test_atlas_voxel_is_found_in_the_case():
+    deformation = drawn(seed=2)
+    source = atlas()
+    hits = []
+    for voxel in source.class_locations[2][::20, 1:]:
+        place = case_location(deformation, voxel)
+        points = torch.tensor(place, dtype=torch.float32).view(3, 1, 1, 1)
+        patch = sample_patch(points, deformation, source, lambda box: smooth_image()[(slice(None), *box)])
+        hits.append(int(patch.seg) == 2)
+    assert np.mean(hits) > 0.6
+
+
+def test_only_images_are_read_for_scaled_mixed_and_random_fields():
+    reads = []
+    sample_patch(
+        identity_grid(SHAPE), drawn(seed=3), atlas(), lambda box: reads.append(box) or smooth_image()[(slice(None), *box)]
+    )
+    assert len(reads) == 1
+
+
+def test_random_velocity_has_the_asked_magnitude_and_no_mean():
+    field = random_velocity((12, 12, 12), (24, 24, 24), magnitude=2.0, smoothness=4, rng=np.random.default_rng(0))
+    assert torch.allclose(field.flatten(1).std(1), torch.full((3,), 2.0), atol=0.01)
+    assert field.flatten(1).mean(1).abs().max() < 1e-4
+
+
+def test_random_velocity_leaves_a_flat_axis_alone():
+    field = random_velocity((1, 12, 12), (1, 24, 24), magnitude=2.0, smoothness=4, rng=np.random.default_rng(0))
+    assert not field[0].any()
+    assert field[1].any()
+
+
+def test_matched_quantiles_are_the_references():
+    image, reference = torch.from_numpy(smooth_image(0)), torch.from_numpy(smooth_image(1)) ** 3
+    mask = torch.ones(SHAPE, dtype=torch.bool)
+    matched = match_quantiles(image, reference, mask)
+    for q in (0.1, 0.5, 0.9):
+        assert torch.quantile(matched, q).item() == pytest.approx(torch.quantile(reference, q).item(), abs=0.05)
+    order = image.flatten().argsort()
+    assert (matched.flatten()[order].diff() >= -1e-5).all()
+
+
+def test_outside_the_mask_nothing_changes():
+    image, reference = torch.from_numpy(smooth_image(0)), torch.from_numpy(smooth_image(1))
+    mask = torch.zeros(SHAPE, dtype=torch.bool)
+    mask[:10] = True
+    changed = transfer_appearance(image, reference, mask, global_share=1.0, local_share=1.0, smoothness=3.0)
+    assert torch.equal(changed[:, 10:], image[:, 10:])
+    assert not torch.equal(changed[:, :10], image[:, :10])
+
+
+def test_no_share_is_identity():
+    image = torch.from_numpy(smooth_image(0))
+    mask = torch.ones(SHAPE, dtype=torch.bool)
+    same = transfer_appearance(
+        image, torch.from_numpy(smooth_image(1)), mask, global_share=0.0, local_share=0.0, smoothness=3.0
+    )
+    assert torch.allclose(same, image)
+
+
+def test_local_difference_of_a_constant_offset_is_that_offset():
+    image = torch.from_numpy(smooth_image(0))
+    mask = torch.ones(SHAPE, dtype=torch.bool)
+    difference = local_appearance_difference(image, image + 2, mask, smoothness=3.0)
+    assert torch.allclose(difference, torch.full_like(image, 2.0), atol=1e-4)

@@ -141,3 +141,25 @@ def test_checkpoints_hold_no_teacher_and_predict_with_stock_nnunet(prepare, shor
     image = np.random.default_rng(0).uniform(size=(1, 16, 18, 14)).astype(np.float32)
     labels = predictor.predict_single_npy_array(image, {"spacing": [1.0, 1.0, 1.0]})
     assert labels.shape == (16, 18, 14)
+
+
+def test_dataset_planned_by_stock_nnunet(tiny_dataset, short, monkeypatch):
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import (
+        extract_fingerprints,
+        plan_experiments,
+        preprocess,
+    )
+    from nnunetv2.run.run_training import run_training
+
+    dataset = tiny_dataset(labelled="all", n_cases=6)
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planner cannot do with 0
+    extract_fingerprints([dataset.id], num_processes=1)
+    plan_experiments([dataset.id])
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    preprocess([dataset.id], configurations=("3d_fullres",), num_processes=(1,))
+    name = "OneShotSynthesisTrainer_1epoch"
+    run_training(str(dataset.id), "3d_fullres", "all", name, device=torch.device("cpu"))
+    folder = dataset.results / f"{name}__nnUNetPlans__3d_fullres" / "fold_all"
+    assert torch.isfinite(weights(folder)).all()
+    assert "their intensity statistics come from the labels of all cases" in logs(folder)
+    assert "medoid of 6 training images, no label seen" in logs(folder)

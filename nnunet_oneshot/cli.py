@@ -12,6 +12,53 @@ from nnunet_oneshot.errors import OneShotError
 # Handlers import what they run, so that `--help`, `--version` and `env` answer without loading torch.
 
 
+def _benchmark(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.evaluation.benchmark import run_benchmark
+
+    run_benchmark(
+        dataset=options.d,
+        out=options.o,
+        atlases=options.atlas,
+        folds=options.fold,
+        seeds=options.seed,
+        methods=options.methods,
+        plans_name=options.p,
+        configuration=options.c,
+        epochs=options.epochs,
+        settings=options.set,
+        device=options.device,
+    )
+
+
+def _add_benchmark(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "benchmark",
+        help="compare methods on identical cases and budgets",
+        description="Runs methods through nnU-Net's own training and evaluation and writes results.json, summary.csv, "
+        "summary.md and figures. What is finished is skipped when the command is given again.",
+    )
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
+    parser.add_argument("-o", required=True, metavar="OUT", help="folder of the benchmark")
+    parser.add_argument("--atlas", nargs="+", metavar="CASE", help="atlases, each for its own runs (default: chosen)")
+    parser.add_argument("--fold", nargs="+", default=["0"], metavar="FOLD", help="folds to score (default: 0)")
+    parser.add_argument("--seed", nargs="+", type=int, metavar="SEED", help="seeds of the trainings (default: plans')")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="affine registration syn nnunet-atlas propagation synthesis distill nnunet-full, or one of them with "
+        "other settings: distill:distillation.hint=none,unlabelled_fraction=0.2 (default: all that can run)",
+    )
+    parser.add_argument("-p", default="nnUNetOneShotPlans", metavar="PLANS", help="plans (default: nnUNetOneShotPlans)")
+    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="configuration (default: 3d_fullres)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="length of every training, 250 iterations an epoch")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the oneshot block for all methods"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    parser.set_defaults(run=_benchmark)
+
+
 def _demo(options: argparse.Namespace) -> None:
     from nnunet_oneshot.demo.run import run_demo
 
@@ -226,6 +273,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nnunet_oneshot {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_benchmark(subparsers)
     _add_demo(subparsers)
     _add_env(subparsers)
     _add_export(subparsers)

@@ -23,6 +23,7 @@ SPACING = 2.0
 
 _AIR, _FAT, _SOFT = 0.03, 0.80, 0.40
 _TISSUE = {"left_lobe": 0.60, "right_lobe": 0.60, "core": 0.52, "arch": 0.74, "nodule": 0.70}
+_SLIDE = 3.5
 _CELL = 8.0
 _BOX = 56.0
 
@@ -81,12 +82,14 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
     world = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     anatomy = _warp(_pose(world, rng), rng)
 
-    lobe_size, core_size, arch_radius = rng.uniform(0.86, 1.14), rng.uniform(0.9, 1.1), rng.uniform(2.9, 4.0)
+    sizes = rng.uniform(0.84, 1.16, size=4)
+    # Organs slide against each other, which no smooth map of the whole body describes.
+    left, right, core, arch = (anatomy - shift for shift in rng.uniform(-_SLIDE, _SLIDE, size=(4, 3)))
     distances = {
-        "left_lobe": _bean(anatomy, -1, lobe_size),
-        "right_lobe": _bean(anatomy, 1, lobe_size * rng.uniform(0.92, 1.08)),
-        "core": _ellipsoid(anatomy, (0, -14, 2), np.array([12, 9, 11]) * core_size),
-        "arch": _arch(anatomy, arch_radius, rng),
+        "left_lobe": _bean(left, -1, sizes[0]),
+        "right_lobe": _bean(right, 1, sizes[1]),
+        "core": _ellipsoid(core, (0, -14, 2), np.array([12, 9, 11]) * sizes[2]),
+        "arch": _arch(arch, 3.4 * sizes[3], rng),
         "nodule": _ellipsoid(anatomy, rng.normal((0, -26, 10), 2.0), np.full(3, rng.uniform(2.5, 4.5))),
     }
     body = _ellipsoid(anatomy, (0, 0, 0), (33, 37, 29))
@@ -119,7 +122,7 @@ def _warp(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Points (N, 3) under the flow of a smooth random velocity field (scaling and squaring on a coarse grid)."""
     nodes = int(2 * _BOX / _CELL) + 1
     velocity = np.zeros((3, nodes, nodes, nodes))
-    for smoothing, deviation in ((2.2, 3.0), (1.1, 1.3)):
+    for smoothing, deviation in ((2.2, 4.0), (1.1, 1.6)):
         noise = gaussian_filter(rng.standard_normal(velocity.shape), (0, smoothing, smoothing, smoothing))
         velocity += noise / noise.std() * deviation
     fine = zoom(velocity, (1, 3, 3, 3), order=3)

@@ -45,8 +45,11 @@ def syn_label_probabilities(
             volume, edges = volume[0], edges[1:]
         return ants.from_numpy(np.ascontiguousarray(volume, dtype=np.float32), spacing=[float(e) for e in edges])
 
-    fixed = as_ants(image.mean(axis=0), spacing)
-    moving = as_ants(atlas_image.mean(axis=0), atlas_spacing)
+    # ANTs starts from centres of mass, which need weights that are not negative.
+    fixed, moving = (
+        as_ants(mean - mean.min(), edges)
+        for mean, edges in ((image.mean(axis=0), spacing), (atlas_image.mean(axis=0), atlas_spacing))
+    )
     transforms = ants.registration(fixed=fixed, moving=moving, type_of_transform="SyN")
     warped = []
     for label in labels:

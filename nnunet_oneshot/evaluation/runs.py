@@ -1,0 +1,195 @@
+"""One run of a benchmark: a method with its atlases, fold and seed, executed by commands, scored and recorded."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nnunet_oneshot.config import OVERRIDES_VARIABLE
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation.commands import CommandResult, command_environment, run_command
+from nnunet_oneshot.evaluation.methods import Method, merge_settings, trainer_name
+from nnunet_oneshot.evaluation.metrics import score_segmentation
+from nnunet_oneshot.evaluation.prepared import PreparedDataset
+from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
+
+RECORD = "run.json"
+TOLERANCE_MM = 2.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run.
+
+    Attributes:
+        method: The method.
+        atlases: Labelled cases that are warped or trained on; None for a method that uses every label.
+        fold: Whose validation cases are scored.
+        seed: None for a method without randomness.
+        epochs: Of a training; None is the trainer's own length.
+        overrides: Settings that differ from the plans, the method's own included.
+    """
+
+    method: Method
+    atlases: tuple[str, ...] | None
+    fold: str
+    seed: int | None
+    epochs: int | None
+    overrides: Mapping[str, Any]
+
+    @property
+    def atlas_name(self) -> str | None:
+        """One name for the atlases, as in every table."""
+        return "+".join(self.atlases) if self.atlases else None
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept, relative to the benchmark's folder."""
+        atlas = self.atlas_name or "all_labels"
+        if len(atlas) > 80:
+            atlas = f"{atlas[:60]}..._{len(self.atlases or ())}_atlases"
+        seed = "unseeded" if self.seed is None else f"seed_{self.seed}"
+        return Path("runs") / self.method.folder / atlas / f"fold_{self.fold}" / seed
+
+    @property
+    def description(self) -> str:
+        parts = [self.method.name, f"atlas {self.atlas_name}" if self.atlases else "all labels", f"fold {self.fold}"]
+        return ", ".join([*parts, f"seed {self.seed}"] if self.seed is not None else parts)
+
+
+def load_record(out: Path, run: Run) -> dict[str, Any] | None:
+    """The record of a finished run, or None."""
+    path = out / run.folder / RECORD
+    return load_json_checked(path, "the record of a run") if path.is_file() else None
+
+
+def execute_run(
+    run: Run, *, prepared: PreparedDataset, out: Path, cases: Sequence[str], device: str, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Runs the commands of a run (resuming a training that was interrupted), scores it and writes its record.
+
+    Args:
+        run: What is run.
+        prepared: The dataset.
+        out: The benchmark's folder.
+        cases: Labelled validation cases of the fold.
+        device: ``cpu``, ``cuda`` or ``mps``.
+        log: Receives each command.
+
+    Returns:
+        The record: settings, cost, folder of the segmentations and scores.
+
+    Raises:
+        OneShotError: A command failed or left a case without a segmentation.
+    """
+    folder = out / run.folder
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    overrides = merge_settings(run.overrides, {} if run.atlases is None else {"atlases": list(run.atlases)})
+    if run.seed is not None:
+        overrides = merge_settings(overrides, {"seed": run.seed})
+    environment = command_environment(
+        results=folder / "results", variables={OVERRIDES_VARIABLE: json.dumps(overrides)} if overrides else {}
+    )
+    if run.method.propagation:
+        segmentations = folder / "segmentations"
+        command = ["nnunet_oneshot", "propagate", "-d", prepared.name, "-c", prepared.configuration]
+        command += ["-p", prepared.plans_name, "-f", run.fold, "--method", run.method.propagation]
+        command += ["-o", str(segmentations), "--device", device]
+        resumed = False
+    else:
+        trainer = trainer_name(run.method, run.epochs)
+        model = folder / "results" / prepared.name / f"{trainer}__{prepared.plans_name}__{prepared.configuration}"
+        segmentations = model / f"fold_{run.fold}" / "validation"
+        resumed = any(segmentations.parent.glob("checkpoint_*.pth"))
+        command = ["nnUNetv2_train", prepared.name, prepared.configuration, run.fold, "-tr", trainer]
+        command += ["-p", prepared.plans_name, "-device", device, *(["--c"] if resumed else [])]
+    log("$ " + " ".join(command))
+    cost = run_command(command, environment=environment, log_file=folder / "log.txt")
+    record = {
+        "dataset": prepared.name,
+        "plans": prepared.plans_name,
+        "configuration": prepared.configuration,
+        "method": run.method.name,
+        "atlas": run.atlas_name,
+        "fold": run.fold,
+        "seed": run.seed,
+        "epochs": run.epochs if run.method.trainer else None,
+        **_cost(cost, resumed=resumed),
+        "device": device,
+        "overrides": overrides,
+        "versions": versions(),
+        "segmentations": str(segmentations.relative_to(out)),
+        "scores": score_cases(prepared, segmentations, cases),
+    }
+    save_json_atomic(record, folder / RECORD)
+    return record
+
+
+def _cost(result: CommandResult, *, resumed: bool) -> dict[str, Any]:
+    """Time and memory; those of a resumed training are of its last part."""
+    memory = None if result.peak_memory_mb is None else round(result.peak_memory_mb)
+    return {
+        "command": result.line,
+        "seconds": round(result.seconds, 1),
+        "peak_memory_mb": memory,
+        "resumed": resumed,
+    }
+
+
+def score_cases(prepared: PreparedDataset, folder: Path, cases: Sequence[str]) -> list[dict[str, Any]]:
+    """Dice, HD95 and NSD of every label of every case; what there is nothing to score of is None.
+
+    Raises:
+        OneShotError: A case has no segmentation in ``folder``.
+    """
+    reader = prepared.plans_manager.image_reader_writer_class()
+    rows = []
+    for case in cases:
+        file = folder / f"{case}{prepared.file_ending}"
+        if not file.is_file():
+            raise OneShotError(f"{file} was not written by the run; see log.txt in the run's folder.")
+        reference, properties = reader.read_seg(str(prepared.labels_folder / file.name))
+        prediction, _ = reader.read_seg(str(file))
+        scores = score_segmentation(
+            prediction[0],
+            reference[0],
+            labels=prepared.score_labels(),
+            spacing=properties["spacing"],
+            tolerance=TOLERANCE_MM,
+            ignore_label=prepared.label_manager.ignore_label,
+        )
+        for label, score in scores.items():
+            values = {"dice": score.dice, "hd95": score.hd95, "nsd_2mm": score.nsd}
+            rows.append({"case": case, "label": label, **{k: None if v != v else v for k, v in values.items()}})
+    return rows
+
+
+def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of ``results.json`` of one run."""
+    shared = ("dataset", "method", "atlas", "fold", "seed", "epochs")
+    cost = ("seconds", "peak_memory_mb", "versions")
+    return [{**{k: record[k] for k in shared}, **scores, **{k: record[k] for k in cost}} for scores in record["scores"]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    found = {"python": platform.python_version()}
+    for package in ("nnunet_oneshot", "nnunetv2", "torch", "monai", "antspyx"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def discard_unfinished(out: Path, run: Run) -> None:
+    """Removes segmentations that an interrupted label propagation left; trainings are resumed instead."""
+    if run.method.propagation and load_record(out, run) is None:
+        shutil.rmtree(out / run.folder, ignore_errors=True)

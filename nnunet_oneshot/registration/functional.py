@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.losses import LocalNormalizedCrossCorrelationLoss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -143,6 +142,37 @@ def folding(displacement: Tensor) -> Tensor:
     return (jacobian_determinant(displacement) <= 0).flatten(1).float().mean(1)
 
 
+def box_mean(image: Tensor, window: int) -> Tensor:
+    """Mean over a cube of ``window`` voxels (odd) around every place of (B, C, *grid); border voxels are repeated."""
+    dim = image.ndim - 2
+    total = F.pad(image, [window // 2] * 2 * dim, "replicate")
+    for axis in range(2, 2 + dim):
+        length = total.shape[axis] - window + 1
+        # Shifted sums cost a fraction of a convolution, forward and backward.
+        total = sum((total.narrow(axis, k, length) for k in range(1, window)), start=total.narrow(axis, 0, length))
+    return total / window**dim
+
+
+def squared_local_correlation(first: Tensor, second: Tensor, window: int) -> Tensor:
+    """Squared normalised cross-correlation in a cube around every place (Avants et al., MedIA 2008).
+
+    Args:
+        first: (B, C, *grid) float32; gradients flow through it.
+        second: (B, C, *grid) float32.
+        window: Edge of the cube, odd, voxels.
+
+    Returns:
+        (B, C, *grid) from 0 to 1; 0 where either is constant.
+    """
+    channels = first.shape[1]
+    moments = box_mean(torch.cat([first, first * first, first * second, second, second * second], dim=1), window)
+    mean_1, square_1, product, mean_2, square_2 = moments.split(channels, dim=1)
+    covariance = product - mean_1 * mean_2
+    variance_1 = (square_1 - mean_1 * mean_1).clamp_min(0)
+    variance_2 = (square_2 - mean_2 * mean_2).clamp_min(0)
+    return covariance * covariance / (variance_1 * variance_2 + 1e-5)
+
+
 def similarity_loss(
     warped: Tensor, fixed: Tensor, mask: Tensor | None = None, *, similarity: str = "lncc", kernel: int = 7
 ) -> Tensor:
@@ -159,20 +189,11 @@ def similarity_loss(
         (B,), the mean over channels and observed places of each pair.
     """
     warped, fixed = warped.float(), fixed.float()
-    dim = fixed.ndim - 2
     if similarity == "mse":
         values = (warped - fixed) ** 2
     else:
         window = min([kernel, *fixed.shape[2:]])
-        window -= 1 - window % 2
-        loss = LocalNormalizedCrossCorrelationLoss(
-            spatial_dims=dim, kernel_size=max(window, 3), smooth_nr=0.0, smooth_dr=1e-3, reduction="none"
-        )
-        # MONAI pads with zeros, which would count as contrast at the border: repeat the border voxels instead.
-        margin = max(window, 3) // 2
-        padded = [F.pad(v.reshape(-1, 1, *fixed.shape[2:]), [margin] * 2 * dim, "replicate") for v in (warped, fixed)]
-        inner = (slice(None), slice(None), *[slice(margin, -margin)] * dim)
-        values = loss(*padded)[inner].reshape(fixed.shape)
+        values = -squared_local_correlation(warped, fixed, max(window - 1 + window % 2, 3))
     if mask is None:
         return values.flatten(1).mean(1)
     mask = mask.float().expand_as(values)

@@ -1,0 +1,155 @@
+"""Label propagation through the command: original grids, regions, several atlases, new images, errors."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from tiny_data import draw_blobs, read_image, write_image
+
+from nnunet_oneshot.cli import main
+from nnunet_oneshot.evaluation.metrics import dice
+from nnunet_oneshot.evaluation.propagation import probabilities_to_logits
+
+PLANS = "nnUNetOneShotCPUPlans"
+
+
+def propagate(dataset, out, *arguments, configuration="3d_fullres"):
+    options = ["propagate", "-d", str(dataset.id), "-c", configuration, "-p", PLANS, "-o", str(out)]
+    return main([*options, *map(str, arguments)])
+
+
+def mean_dice(prediction, reference):
+    return np.mean([dice(prediction == label, reference == label) for label in (1, 2)])
+
+
+def new_images(folder, count=2, shape=(16, 18, 14), spacing=(1.0, 1.0, 1.0), channels=1, **geometry):
+    folder.mkdir()
+    random, labels = np.random.default_rng(7), {}
+    for number in range(count):
+        image, labels[f"new_{number}"] = draw_blobs(shape, random)
+        for channel in range(channels):
+            write_image(folder / f"new_{number}_{channel:04d}.nii.gz", image, spacing, **geometry)
+    return labels
+
+
+@pytest.mark.parametrize("method", ["registration", "affine"])
+def test_validation_cases_are_segmented_and_scored(prepared_dataset, tmp_path, method):
+    dataset = prepared_dataset()
+    assert propagate(dataset, tmp_path / "out", "--method", method) == 0
+    splits = json.loads((dataset.preprocessed / "splits_final.json").read_text())
+    written = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert written == sorted([f"{c}.nii.gz" for c in splits[0]["val"]] + ["propagation.json", "summary.json"])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    case = summary["metric_per_case"][0]
+    prediction, reference = (read_image(case[key]) for key in ("prediction_file", "reference_file"))
+    assert case["metrics"]["1"]["Dice"] == pytest.approx(dice(prediction == 1, reference == 1))
+    assert summary["foreground_mean"]["Dice"] > 0.7
+
+
+def test_new_images_return_in_their_own_grid(prepared_dataset, tmp_path):
+    dataset = prepared_dataset()
+    geometry = {"origin": (10.0, -4.0, 7.0), "direction": (-1, 0, 0, 0, 1, 0, 0, 0, 1)}
+    labels = new_images(tmp_path / "in", count=1, shape=(20, 18, 12), spacing=(0.8, 1.0, 1.2), **geometry)
+    assert propagate(dataset, tmp_path / "out", "-i", tmp_path / "in") == 0
+    image = sitk.ReadImage(str(tmp_path / "in" / "new_0_0000.nii.gz"))
+    segmentation = sitk.ReadImage(str(tmp_path / "out" / "new_0.nii.gz"))
+    assert segmentation.GetSize() == image.GetSize()
+    assert segmentation.GetOrigin() == pytest.approx(image.GetOrigin())
+    assert segmentation.GetDirection() == pytest.approx(image.GetDirection())
+    assert segmentation.GetSpacing() == pytest.approx(image.GetSpacing())
+    assert mean_dice(read_image(tmp_path / "out" / "new_0.nii.gz"), labels["new_0"]) > 0.6
+
+
+def test_image_of_the_atlas_gets_its_labels_back(prepared_dataset, tmp_path):
+    dataset = prepared_dataset(labelled=("case_01",), n_cases=3)
+    (tmp_path / "in").mkdir()
+    shutil.copyfile(dataset.image("case_01"), tmp_path / "in" / "same_0000.nii.gz")
+    assert propagate(dataset, tmp_path / "out", "-i", tmp_path / "in") == 0
+    assert mean_dice(read_image(tmp_path / "out" / "same.nii.gz"), read_image(dataset.label("case_01"))) > 0.95
+
+
+def test_unlabelled_validation_cases_are_segmented_without_scores(prepared_dataset, tmp_path, capsys):
+    dataset = prepared_dataset(labelled=("case_00",), n_cases=3)
+    assert propagate(dataset, tmp_path / "out") == 0
+    assert "nothing to score" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 1
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_two_dimensional_configuration_of_volumes(prepared_dataset, tmp_path):
+    dataset = prepared_dataset(configuration="2d")
+    assert propagate(dataset, tmp_path / "out", configuration="2d") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["foreground_mean"]["Dice"] > 0.6
+
+
+def test_two_dimensional_images(prepared_dataset, tmp_path):
+    dataset = prepared_dataset(configuration="2d", shape=(32, 30), ending=".png", n_cases=5)
+    assert propagate(dataset, tmp_path / "out", configuration="2d") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["foreground_mean"]["Dice"] > 0.6
+
+
+def test_regions_are_exported_as_label_values(prepared_dataset, tmp_path):
+    labels = {"background": 0, "both": [1, 2], "right": 2}
+    dataset = prepared_dataset(labels=labels, regions_class_order=[1, 2])
+    assert propagate(dataset, tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["mean"]["(1, 2)"]["Dice"] > 0.7
+
+
+def test_region_logits_are_positive_where_a_region_is_more_likely_than_not():
+    manager = LabelManager({"background": 0, "whole": [1, 2], "core": 2}, regions_class_order=[1, 2])
+    probabilities = np.array([[0.4, 0.6], [0.35, 0.1], [0.25, 0.3]])[:, :, None, None]
+    logits = probabilities_to_logits(probabilities, [0, 1, 2], manager)
+    assert logits.shape == (2, 2, 1, 1)
+    assert (logits[:, :, 0, 0] > 0).tolist() == [[True, False], [False, False]]
+    assert manager.convert_logits_to_segmentation(logits)[:, 0, 0].tolist() == [1, 0]
+
+
+def test_label_logits_keep_the_likeliest_label():
+    manager = LabelManager({"background": 0, "a": 1, "b": 2}, None)
+    probabilities = np.array([[0.4, 0.0], [0.35, 0.0], [0.25, 0.0]])[:, :, None, None]
+    logits = probabilities_to_logits(probabilities, [0, 1, 2], manager)
+    assert manager.convert_logits_to_segmentation(logits)[:, 0, 0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-i", "no_such_folder"], "holds no images"),
+        (["-p", "noPlans"], "has no plans 'noPlans'"),
+        (["-c", "3d_none"], "no configuration '3d_none'"),
+        (["-d", "902"], "was not found"),
+        (["-f", "all"], "no validation cases"),
+    ],
+)
+def test_what_does_not_exist_is_named(prepared_dataset, tmp_path, monkeypatch, capsys, arguments, message):
+    dataset = prepared_dataset(n_cases=3)
+    monkeypatch.chdir(tmp_path)
+    assert propagate(dataset, tmp_path / "out", *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_number_of_channels_is_named(prepared_dataset, tmp_path, capsys):
+    dataset = prepared_dataset(n_cases=3)
+    new_images(tmp_path / "in", count=1, channels=2)
+    assert propagate(dataset, tmp_path / "out", "-i", tmp_path / "in") == 1
+    assert "new_0" in capsys.readouterr().err
+
+
+def test_missing_ants_is_explained(prepared_dataset, tmp_path, monkeypatch, capsys):
+    dataset = prepared_dataset(n_cases=3)
+    monkeypatch.setitem(__import__("sys").modules, "ants", None)
+    assert propagate(dataset, tmp_path / "out", "--method", "syn") == 1
+    assert "nnunet_oneshot[ants]" in capsys.readouterr().err
+
+
+def test_syn_segments_a_case(prepared_dataset, tmp_path):
+    pytest.importorskip("ants")
+    dataset = prepared_dataset(n_cases=5, shape=(24, 26, 22))
+    assert propagate(dataset, tmp_path / "out", "--method", "syn") == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["foreground_mean"]["Dice"] > 0.5

@@ -1,0 +1,211 @@
+"""The benchmark through the command, with trainings replaced by copies of the reference and once with real ones."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_oneshot.cli import main
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation import runs
+from nnunet_oneshot.evaluation.commands import CommandResult
+
+PLANS = "nnUNetOneShotCPUPlans"
+FAST = ["--methods", "nnunet-atlas", "synthesis", "distill", "nnunet-full", "--epochs", "5"]
+
+
+def benchmark(dataset, out, *arguments):
+    return main(["benchmark", "-d", str(dataset.id), "-p", PLANS, "-o", str(out), *arguments])
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture
+def commands(prepared_dataset, monkeypatch):
+    """A prepared dataset, and the commands that runs would have started; each leaves worse and worse segmentations."""
+    dataset = prepared_dataset()
+    issued = []
+
+    def run_command(arguments, *, environment, log_file, cwd=None):
+        overrides = json.loads(environment.get("nnUNet_oneshot_overrides", "{}"))
+        issued.append((list(arguments), overrides))
+        trainer = arguments[arguments.index("-tr") + 1]
+        fold = arguments[3]
+        folder = Path(environment["nnUNet_results"]) / dataset.name / f"{trainer}__{PLANS}__3d_fullres" / f"fold_{fold}"
+        (folder / "validation").mkdir(parents=True, exist_ok=True)
+        for reference in (dataset.preprocessed / "gt_segmentations").iterdir():
+            image = sitk.ReadImage(str(reference))
+            array = sitk.GetArrayFromImage(image)
+            if "Atlas" in trainer:
+                array[array == 2] = 0
+            if "OneShot" in trainer:
+                array[:, array.shape[1] // 2 :] = 0
+            changed = sitk.GetImageFromArray(array)
+            changed.CopyInformation(image)
+            sitk.WriteImage(changed, str(folder / "validation" / reference.name))
+        return CommandResult(line=" ".join(arguments), seconds=1.5, peak_memory_mb=100.0)
+
+    monkeypatch.setattr(runs, "run_command", run_command)
+    return dataset, issued
+
+
+def test_all_methods_are_scored_on_the_same_cases(commands, tmp_path):
+    dataset, issued = commands
+    assert benchmark(dataset, tmp_path / "out", *FAST) == 0
+    rows = results(tmp_path / "out")
+    scored = [{(r["case"], r["label"]) for r in rows if r["method"] == m} for m in ("distill", "nnunet-full")]
+    assert scored[0] == scored[1] and len(scored[0]) == 2
+    missed = [r for r in rows if r["method"] == "nnunet-atlas" and r["label"] == "right"]
+    assert missed and all(r["dice"] == 0 and r["nsd_2mm"] == 0 for r in missed)
+    shape = np.array(sitk.ReadImage(str(dataset.label("case_00"))).GetSize())
+    assert missed[0]["hd95"] == pytest.approx(np.linalg.norm(shape))
+    assert all(r["dice"] == 1 for r in rows if r["method"] == "nnunet-full")
+    wanted = {"dataset", "method", "atlas", "fold", "seed", "epochs", "case", "label", "dice", "hd95", "nsd_2mm"}
+    assert wanted | {"seconds", "peak_memory_mb", "versions"} == set(rows[0])
+    assert [a[a.index("-tr") + 1] for a, _ in issued][-1] == "nnUNetTrainer_5epochs"
+
+
+def test_tables_and_figures_are_written(commands, tmp_path):
+    dataset, _ = commands
+    assert benchmark(dataset, tmp_path / "out", *FAST, "--seed", "1", "2") == 0
+    out = tmp_path / "out"
+    lines = list(csv.DictReader((out / "summary.csv").open()))
+    atlas_right = next(line for line in lines if line["method"] == "nnunet-atlas" and line["label"] == "right")
+    assert float(atlas_right["dice_mean"]) == 0 and atlas_right["not_found"] == atlas_right["scores"] == "2"
+    text = (out / "summary.md").read_text()
+    for expected in ("| distill - nnunet-atlas |", "gap closed", PLANS, "nnUNetv2_train", "torch", "| 5 |"):
+        assert expected in text
+    drawn = {path.name for path in (out / "figures").iterdir()}
+    assert {"dice_per_label.png", "hd95_per_label.png", "gap_closed.png", "examples.png"} <= drawn
+
+
+def test_finished_runs_are_skipped_and_new_ones_added(commands, tmp_path, capsys):
+    dataset, issued = commands
+    assert benchmark(dataset, tmp_path / "out", *FAST, "--seed", "1") == 0
+    before = len(issued)
+    assert benchmark(dataset, tmp_path / "out", *FAST, "--seed", "1", "2") == 0
+    assert len(issued) == 2 * before
+    assert capsys.readouterr().out.count("finished before") == before
+    assert {row["seed"] for row in results(tmp_path / "out")} == {1, 2}
+
+
+def test_interrupted_training_is_resumed(commands, tmp_path):
+    dataset, issued = commands
+    assert benchmark(dataset, tmp_path / "out", *FAST) == 0
+    (record,) = (tmp_path / "out" / "runs" / "distill").rglob("run.json")
+    record.unlink()
+    (fold,) = record.parent.rglob("fold_0")
+    (fold / "checkpoint_latest.pth").touch()
+    assert benchmark(dataset, tmp_path / "out", *FAST) == 0
+    assert issued[-1][0][-1] == "--c" and "OneShotDistillTrainer_5epochs" in issued[-1][0]
+    assert json.loads(record.read_text())["resumed"]
+
+
+def test_runs_are_told_atlas_seed_and_settings(commands, tmp_path):
+    dataset, issued = commands
+    splits = json.loads((dataset.preprocessed / "splits_final.json").read_text())
+    first, second = splits[0]["train"][:2]
+    arguments = ["--atlas", first, second, "--seed", "7", "--set", "distillation.levels=1", "--epochs", "5"]
+    variant = "distill:unlabelled_fraction=0.5"
+    assert benchmark(dataset, tmp_path / "out", "--methods", "distill", variant, "nnunet-full", *arguments) == 0
+    overrides = [o for _, o in issued]
+    assert [o.get("atlases") for o in overrides] == [[first], [first], None, [second], [second]]
+    assert all(o["seed"] == 7 and o["distillation"] == {"levels": 1} for o in overrides)
+    assert [o.get("unlabelled_fraction") for o in overrides] == [None, 0.5, None, None, 0.5]
+    figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert "dice_by_unlabelled_cases.png" in figures
+
+
+def test_atlas_is_left_out_of_the_fold_that_holds_it_out(commands, tmp_path, capsys):
+    dataset, issued = commands
+    splits = json.loads((dataset.preprocessed / "splits_final.json").read_text())
+    atlas = splits[1]["val"][0]
+    arguments = ["--methods", "distill", "--epochs", "5", "--atlas", atlas, "--fold", "0", "1"]
+    assert benchmark(dataset, tmp_path / "out", *arguments) == 0
+    assert [a[3] for a, _ in issued] == ["0"]
+    assert f"Atlas {atlas} is a validation case of fold 1" in capsys.readouterr().out
+
+
+def test_failed_run_is_named_and_the_others_are_done(commands, tmp_path, monkeypatch, capsys):
+    dataset, _ = commands
+    working = runs.run_command
+
+    def failing(arguments, **options):
+        if "OneShotSynthesisTrainer_5epochs" in arguments:
+            raise OneShotError("no memory left")
+        return working(arguments, **options)
+
+    monkeypatch.setattr(runs, "run_command", failing)
+    assert benchmark(dataset, tmp_path / "out", *FAST) == 1
+    captured = capsys.readouterr()
+    assert "no memory left" in captured.out and "synthesis, atlas" in captured.err
+    assert {row["method"] for row in results(tmp_path / "out")} == {"nnunet-atlas", "distill", "nnunet-full"}
+
+
+def test_other_settings_in_the_same_folder_are_refused(commands, tmp_path, capsys):
+    dataset, _ = commands
+    assert benchmark(dataset, tmp_path / "out", *FAST) == 0
+    assert benchmark(dataset, tmp_path / "out", *FAST[:-1], "10") == 1
+    assert "epochs: 5, now 10" in capsys.readouterr().err
+
+
+def test_folder_of_something_else_is_left_alone(commands, tmp_path, capsys):
+    dataset, issued = commands
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("x")
+    assert benchmark(dataset, tmp_path / "out", *FAST) == 1
+    assert "holds no benchmark" in capsys.readouterr().err and not issued
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "magic"], "'magic' is not known"),
+        (["--methods", "distill", "--epochs", "7"], "no variant of 7 epochs"),
+        (["--methods", "distill", "--set", "distillation.hint=loud"], "hint"),
+        (["--methods", "distill:nonsense=1"], "nonsense"),
+        (["--methods", "distill", "--atlas", "case_99"], "case_99"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(commands, tmp_path, capsys, arguments, message):
+    dataset, issued = commands
+    assert benchmark(dataset, tmp_path / "out", *arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not issued
+
+
+def test_ceiling_needs_all_labels(prepared_dataset, tmp_path, capsys):
+    dataset = prepared_dataset(labelled=("case_00", "case_01"))
+    assert benchmark(dataset, tmp_path / "out", "--methods", "nnunet-full", "--epochs", "5") == 1
+    assert "needs the labels of all cases" in capsys.readouterr().err
+
+
+def test_nothing_to_score_is_an_error(prepared_dataset, tmp_path, capsys):
+    dataset = prepared_dataset(labelled=("case_00",))
+    assert benchmark(dataset, tmp_path / "out", "--methods", "affine") == 1
+    assert "no labelled validation case" in capsys.readouterr().err
+
+
+def test_label_propagation_runs_through_its_command(prepared_dataset, tmp_path):
+    dataset = prepared_dataset()
+    assert benchmark(dataset, tmp_path / "out", "--methods", "affine", "registration") == 0
+    rows = results(tmp_path / "out")
+    assert {row["method"] for row in rows} == {"affine", "registration"}
+    assert np.mean([row["dice"] for row in rows]) > 0.6
+    shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_trainings_run_through_nnunet(prepared_dataset, tmp_path):
+    dataset = prepared_dataset()
+    methods = ["nnunet-atlas", "propagation", "synthesis", "distill", "nnunet-full"]
+    assert benchmark(dataset, tmp_path / "out", "--methods", *methods, "--epochs", "1") == 0
+    rows = results(tmp_path / "out")
+    assert {row["method"] for row in rows} == set(methods)
+    assert all(row["peak_memory_mb"] > 100 for row in rows)

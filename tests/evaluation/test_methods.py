@@ -1,0 +1,73 @@
+"""Method names, variants with other settings, and the trainer each length needs."""
+
+import pytest
+
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation.methods import METHODS, merge_settings, parse_method, parse_settings, trainer_name
+
+
+def test_every_method_trains_or_propagates():
+    for name in METHODS:
+        method = parse_method(name)
+        assert (method.trainer is None) != (method.propagation is None)
+        assert method.overrides == {}
+
+
+def test_variant_holds_nested_settings():
+    method = parse_method("distill:distillation.hint=none,distillation.levels=3,unlabelled_fraction=0.2")
+    assert method.base == "distill"
+    assert method.overrides == {"distillation": {"hint": "none", "levels": 3}, "unlabelled_fraction": 0.2}
+
+
+def test_value_may_be_a_list():
+    assert parse_method("synthesis:synthesis.scale_range=[0.5,1.5],seed=1").overrides == {
+        "synthesis": {"scale_range": [0.5, 1.5]},
+        "seed": 1,
+    }
+
+
+def test_variants_have_folders_of_their_own():
+    names = ["distill", "distill:seed=1", "distill:seed=2", "distill:synthesis.mix_range=[0,1]"]
+    folders = {parse_method(name).folder for name in names}
+    assert len(folders) == len(names)
+    assert all("/" not in folder and ":" not in folder for folder in folders)
+
+
+@pytest.mark.parametrize("text", ["magic", "distill:hint"])
+def test_what_is_not_understood_is_an_error(text):
+    with pytest.raises(OneShotError):
+        parse_method(text)
+
+
+def test_settings_are_merged_deeply():
+    first = parse_settings(["distillation.hint=none", "seed=1"])
+    assert merge_settings(first, {"distillation": {"levels": 4}, "seed": 2}) == {
+        "distillation": {"hint": "none", "levels": 4},
+        "seed": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "name"),
+    [
+        ("distill", 1, "OneShotDistillTrainer_1epoch"),
+        ("synthesis", 10, "OneShotSynthesisTrainer_10epochs"),
+        ("nnunet-atlas", None, "OneShotAtlasTrainer"),
+        ("nnunet-full", 5, "nnUNetTrainer_5epochs"),
+        ("nnunet-full", 1000, "nnUNetTrainer"),
+    ],
+)
+def test_length_chooses_the_variant_of_the_trainer(method, epochs, name):
+    assert trainer_name(parse_method(method), epochs) == name
+
+
+def test_stock_variants_exist():
+    from nnunetv2.training.nnUNetTrainer.variants.training_length import nnUNetTrainer_Xepochs
+
+    for epochs in (1, 5, 10, 20, 50, 100, 250):
+        assert hasattr(nnUNetTrainer_Xepochs, trainer_name(parse_method("nnunet-full"), epochs))
+
+
+def test_length_without_a_variant_names_those_there_are():
+    with pytest.raises(OneShotError, match="no variant of 7 epochs.*5, 10"):
+        trainer_name(parse_method("distill"), 7)

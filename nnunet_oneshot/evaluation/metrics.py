@@ -9,6 +9,7 @@ A label that is not found therefore counts with the worst value; it never drops 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -114,8 +115,12 @@ def _surface_scores(
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
     pair = [torch.from_numpy(np.ascontiguousarray(m))[None, None].float() for m in (prediction, reference)]
-    hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing)
-    nsd = compute_surface_dice(*pair, class_thresholds=[tolerance], include_background=True, spacing=spacing)
+    options = {"include_background": True, "spacing": spacing}
+    with warnings.catch_warnings():
+        # MONAI warns about arguments it passes to itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        hd95 = compute_hausdorff_distance(*pair, percentile=95, **options)
+        nsd = compute_surface_dice(*pair, class_thresholds=[tolerance], **options)
     return float(hd95), float(nsd)
 
 

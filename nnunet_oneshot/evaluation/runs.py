@@ -14,7 +14,7 @@ from typing import Any
 from nnunet_oneshot.config import OVERRIDES_VARIABLE
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.commands import CommandResult, command_environment, run_command
-from nnunet_oneshot.evaluation.methods import Method, merge_settings, trainer_name
+from nnunet_oneshot.evaluation.methods import METHODS, Method, merge_settings, parse_method, trainer_name
 from nnunet_oneshot.evaluation.metrics import score_segmentation
 from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
@@ -67,6 +67,12 @@ def load_record(out: Path, run: Run) -> dict[str, Any] | None:
     """The record of a finished run, or None."""
     path = out / run.folder / RECORD
     return load_json_checked(path, "the record of a run") if path.is_file() else None
+
+
+def finished_records(out: Path) -> list[dict[str, Any]]:
+    """The records of all finished runs of a benchmark, in the order of the methods."""
+    records = [load_json_checked(path, "the record of a run") for path in sorted((out / "runs").rglob(RECORD))]
+    return sorted(records, key=lambda record: (METHODS.index(parse_method(record["method"]).base), record["method"]))
 
 
 def execute_run(

@@ -52,3 +52,25 @@ def test_existing_trainer_folders_are_kept(monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", "/somewhere/else")
     first, ours = commands.command_environment()["nnUNet_extTrainer"].split(":")
     assert first == "/somewhere/else" and ours.endswith("ext_trainer")
+
+
+@pytest.mark.slow
+def test_demonstration_runs_every_command(tmp_path):
+    lines = []
+    report = run_demo(
+        tmp_path / "out",
+        trainer="OneShotDistillTrainer_1epoch",
+        training_cases=3,
+        test_cases=1,
+        log=lines.append,
+    )
+    typed = [line.split()[1] for line in lines if line.startswith("$ nn")]
+    assert typed.count("nnUNetv2_train") == typed.count("nnUNetv2_predict") == 1
+    assert len(report["commands"]) == len([line for line in lines if line.startswith("$ nn")])
+    assert report["mean_dice"]["propagation"] > 0.4
+    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
+    assert (tmp_path / "out" / "exported_model" / "fold_0" / "checkpoint_final.pth").is_file()
+    (tmp_path / "out" / "predictions" / "student" / "mine.txt").touch()
+    with pytest.raises(OneShotError, match="status"):
+        run_demo(tmp_path / "out", trainer="NoSuchTrainer", training_cases=2, test_cases=1, log=lines.append)
+    assert not (tmp_path / "out" / "predictions" / "student" / "mine.txt").exists()

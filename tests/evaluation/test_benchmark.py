@@ -95,6 +95,13 @@ def test_finished_runs_are_skipped_and_new_ones_added(commands, tmp_path, capsys
     assert {row["seed"] for row in results(tmp_path / "out")} == {1, 2}
 
 
+def test_tables_hold_the_runs_of_earlier_calls(commands, tmp_path):
+    dataset, _ = commands
+    for method in ("distill", "nnunet-atlas"):
+        assert benchmark(dataset, tmp_path / "out", "--methods", method, "--epochs", "5") == 0
+    assert {row["method"] for row in results(tmp_path / "out")} == {"nnunet-atlas", "distill"}
+
+
 def test_interrupted_training_is_resumed(commands, tmp_path):
     dataset, issued = commands
     assert benchmark(dataset, tmp_path / "out", *FAST) == 0

@@ -265,6 +265,29 @@ def _add_register(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_register)
 
 
+def _register_pair(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.registration.files import register_pair
+
+    register_pair(options.fixed, options.moving, out=options.o, labels=options.labels, device=options.device)
+
+
+def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "register-pair",
+        help="register two image files, without any nnU-Net folder",
+        description="Warps MOVING onto the grid of FIXED and writes warped.nii.gz, warped_labels.nii.gz, "
+        "displacement.nii.gz (mm, for SimpleITK's DisplacementFieldTransform), quality.json and figure.png. The images "
+        "may differ in grid, spacing, orientation and field of view. Join the channels of an image by commas: "
+        "t1.nii.gz,t2.nii.gz; warped_0000.nii.gz, warped_0001.nii.gz are written then.",
+    )
+    parser.add_argument("fixed", metavar="FIXED", help="image that stays, 2D or 3D")
+    parser.add_argument("moving", metavar="MOVING", help="image that is warped onto it")
+    parser.add_argument("--labels", metavar="MOVING_LABELS", help="label map of the moving image, on its grid")
+    parser.add_argument("-o", required=True, metavar="OUT", help="folder to make")
+    parser.add_argument("--device", default="cpu", help="where the deformable stage runs (default: cpu)")
+    parser.set_defaults(run=_register_pair)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command, one subparser for each subcommand."""
     parser = argparse.ArgumentParser(
@@ -280,6 +303,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan_and_preprocess(subparsers)
     _add_propagate(subparsers)
     _add_register(subparsers)
+    _add_register_pair(subparsers)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ class AffineResult:
 
     Attributes:
         matrix: (D + 1, D + 1) float64, fixed voxel coordinates -> moving voxel coordinates, array axis order.
-        start: Name of the start that led to it: ``"centre"``, ``"moments"`` or ``"identity"``.
-        metric_before: Correlation metric of the two volumes laid centre on centre (-1 is best).
+        start: Name of the start that led to it: ``"initial"``, ``"centre"``, ``"moments"``, or ``"identity"`` where
+            no optimisation beat the alignment it began with.
+        metric_before: Metric of the two volumes before any optimisation (smaller is better; correlation: -1 is best).
         metric_after: The same metric after registration.
     """
 
@@ -47,60 +49,98 @@ def centre_alignment(
 
 
 def register_affine(
-    fixed: np.ndarray, moving: np.ndarray, *, fixed_spacing: Sequence[float], moving_spacing: Sequence[float]
+    fixed: np.ndarray,
+    moving: np.ndarray,
+    *,
+    fixed_spacing: Sequence[float],
+    moving_spacing: Sequence[float],
+    initial: np.ndarray | None = None,
+    metric: str = "correlation",
 ) -> AffineResult:
     """Registers ``moving`` to ``fixed`` with an affine transform.
 
-    Each start (centres of the grids, centres of mass) is optimised coarse to fine; the best by the metric is kept.
-    Where nothing beats laying the centres on each other, that is the result. Single-threaded inside, so that equal
-    inputs give equal results.
+    Each start (the initial map where there is one, centres of the grids, centres of mass) is optimised coarse to fine;
+    the best by the metric is kept. Where nothing beats the initial map or laying the centres on each other, the better
+    of these is the result. Single-threaded inside, so that equal inputs give equal results.
 
     Args:
         fixed: (C, *shape) image with D = 2 or 3 spatial axes; channels are averaged after z-scoring.
         moving: (C, *shape), any grid.
         fixed_spacing: D voxel edges of ``fixed``, mm, array axis order.
         moving_spacing: D voxel edges of ``moving``, mm, array axis order.
+        initial: (D + 1, D + 1) rigid map fixed voxel -> moving voxel, such as that of the files' headers. It is one
+            more start, and its rotation is that of all others. None: the axes of both volumes point alike.
+        metric: ``"correlation"``, or ``"mutual_information"`` (Mattes) for images of different contrast.
 
     Returns:
         The map fixed voxel -> moving voxel.
     """
     dim = fixed.ndim - 1
-    centred = centre_alignment(fixed.shape[1:], moving.shape[1:], fixed_spacing, moving_spacing)
-    fixed_image = _to_sitk(fixed, fixed_spacing)
-    moving_image = _to_sitk(moving, moving_spacing)
-    baseline = sitk.AffineTransform(dim)
-    geometry = sitk.CenteredTransformInitializer(
-        fixed_image, moving_image, baseline, sitk.CenteredTransformInitializerFilter.GEOMETRY
+    fixed_frame = np.diag([*map(float, fixed_spacing), 1.0])
+    moving_frame = (
+        np.diag([*map(float, moving_spacing), 1.0]) if initial is None else fixed_frame @ np.linalg.inv(initial)
     )
-    before = _metric(fixed_image, moving_image, geometry)
+    centred = np.linalg.inv(moving_frame) @ fixed_frame
+    centred[:dim, dim] = _centre(moving) - centred[:dim, :dim] @ _centre(fixed)
+    fixed_image = _to_sitk(fixed, fixed_frame)
+    moving_image = _to_sitk(moving, moving_frame)
+    geometry = sitk.CenteredTransformInitializer(
+        fixed_image, moving_image, sitk.AffineTransform(dim), sitk.CenteredTransformInitializerFilter.GEOMETRY
+    )
+    baselines = [(centred, geometry, _metric(fixed_image, moving_image, geometry, metric))]
+    if initial is not None:
+        given = sitk.AffineTransform(dim)
+        baselines.append((np.asarray(initial, float), given, _metric(fixed_image, moving_image, given, metric)))
+    unoptimised, _, before = min(baselines, key=lambda baseline: _order(baseline[2]))
+    unchanged = AffineResult(unoptimised, "identity", before, before)
     if min(min(fixed.shape[1:]), min(moving.shape[1:])) < 4 or not np.isfinite(before):
-        return AffineResult(centred, "identity", before, before)
+        return unchanged
 
-    candidates = [("identity", geometry, before)]
+    starts = [] if initial is None or np.allclose(initial, centred, atol=1e-3) else [("initial", given)]
     for name, operation in (
         ("centre", sitk.CenteredTransformInitializerFilter.GEOMETRY),
         ("moments", sitk.CenteredTransformInitializerFilter.MOMENTS),
     ):
-        try:
+        with contextlib.suppress(RuntimeError):
+            # There is no centre of mass in an image of one value.
             start = sitk.CenteredTransformInitializer(
                 _shifted(fixed_image), _shifted(moving_image), sitk.AffineTransform(dim), operation
             )
-            affine = _optimise(fixed_image, moving_image, start, levels=(2, 1))
-            candidates.append((name, affine, _metric(fixed_image, moving_image, affine)))
-        except RuntimeError:
-            # The images stopped overlapping on the way: this start leads nowhere, the others remain.
-            continue
-    name, best, after = min(candidates, key=lambda candidate: candidate[2] if np.isfinite(candidate[2]) else np.inf)
-    if name == "identity" or not np.all(np.isfinite(_voxel_matrix(best, fixed_spacing, moving_spacing))):
-        return AffineResult(centred, "identity", before, before)
-    return AffineResult(_voxel_matrix(best, fixed_spacing, moving_spacing), name, before, after)
+            starts.append((name, start))
+    candidates = [("identity", geometry, before)]
+    for name, start in starts:
+        with contextlib.suppress(RuntimeError):
+            # Where the images stop overlapping on the way, this start leads nowhere and the others remain.
+            affine = _optimise(fixed_image, moving_image, start, levels=(2, 1), metric=metric)
+            candidates.append((name, affine, _metric(fixed_image, moving_image, affine, metric)))
+    name, best, after = min(candidates, key=lambda candidate: _order(candidate[2]))
+    matrix = _voxel_matrix(best, fixed_frame, moving_frame)
+    if name == "identity" or not np.all(np.isfinite(matrix)):
+        return unchanged
+    return AffineResult(matrix, name, before, after)
 
 
-def _to_sitk(image: np.ndarray, spacing: Sequence[float]) -> sitk.Image:
-    """Mean of the z-scored channels as a SimpleITK image at the origin, at most ``_FINEST_VOXELS`` voxels."""
+def _centre(image: np.ndarray) -> np.ndarray:
+    return (np.array(image.shape[1:]) - 1) / 2
+
+
+def _order(value: float) -> float:
+    """Sorting key of a metric: what could not be computed comes last."""
+    return value if np.isfinite(value) else np.inf
+
+
+def _to_sitk(image: np.ndarray, frame: np.ndarray) -> sitk.Image:
+    """Mean of the z-scored channels as a SimpleITK image of at most ``_FINEST_VOXELS`` voxels.
+
+    ``frame`` (D + 1, D + 1) maps voxels to mm, both in array axis order.
+    """
+    dim = image.ndim - 1
     channels = [(c - c.mean()) / max(float(c.std()), 1e-6) for c in np.asarray(image, np.float32)]
     result = sitk.GetImageFromArray(np.mean(channels, axis=0, dtype=np.float32))
-    result.SetSpacing([float(s) for s in reversed(list(spacing))])
+    spacing = np.linalg.norm(frame[:dim, :dim], axis=0)
+    result.SetSpacing(spacing[::-1].tolist())
+    result.SetDirection((frame[:dim, :dim] / spacing)[::-1, ::-1].ravel().tolist())
+    result.SetOrigin(frame[:dim, dim][::-1].tolist())
     factor = 1
     while result.GetNumberOfPixels() / factor ** image[0].ndim > _FINEST_VOXELS:
         factor += 1
@@ -116,16 +156,19 @@ def _shifted(image: sitk.Image) -> sitk.Image:
     return image - low
 
 
-def _method(fixed_image: sitk.Image) -> sitk.ImageRegistrationMethod:
+def _method(metric: str) -> sitk.ImageRegistrationMethod:
     method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsCorrelation()
+    if metric == "mutual_information":
+        method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
+    else:
+        method.SetMetricAsCorrelation()
     method.SetInterpolator(sitk.sitkLinear)
     method.SetNumberOfThreads(1)
     return method
 
 
-def _metric(fixed_image: sitk.Image, moving_image: sitk.Image, transform: sitk.Transform) -> float:
-    method = _method(fixed_image)
+def _metric(fixed_image: sitk.Image, moving_image: sitk.Image, transform: sitk.Transform, metric: str) -> float:
+    method = _method(metric)
     method.SetInitialTransform(transform)
     try:
         return float(method.MetricEvaluate(fixed_image, moving_image))
@@ -134,13 +177,13 @@ def _metric(fixed_image: sitk.Image, moving_image: sitk.Image, transform: sitk.T
 
 
 def _optimise(
-    fixed_image: sitk.Image, moving_image: sitk.Image, start: sitk.Transform, *, levels: Sequence[int]
+    fixed_image: sitk.Image, moving_image: sitk.Image, start: sitk.Transform, *, levels: Sequence[int], metric: str
 ) -> sitk.Transform:
-    """Gradient descent on the correlation, coarse to fine; shrink factors never leave an axis under 8 voxels."""
+    """Gradient descent on the metric, coarse to fine; shrink factors never leave an axis under 8 voxels."""
     smallest = min(fixed_image.GetSize())
     factors = [max(1, min(level, smallest // 8)) for level in levels]
     spacing = float(np.mean(fixed_image.GetSpacing()))
-    method = _method(fixed_image)
+    method = _method(metric)
     method.SetShrinkFactorsPerLevel(factors)
     method.SetSmoothingSigmasPerLevel([0.5 * f * spacing for f in factors])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
@@ -153,18 +196,12 @@ def _optimise(
     return result.GetNthTransform(0).Downcast() if isinstance(result, sitk.CompositeTransform) else result.Downcast()
 
 
-def _voxel_matrix(
-    transform: sitk.Transform, fixed_spacing: Sequence[float], moving_spacing: Sequence[float]
-) -> np.ndarray:
+def _voxel_matrix(transform: sitk.Transform, fixed_frame: np.ndarray, moving_frame: np.ndarray) -> np.ndarray:
     """A SimpleITK linear transform between mm spaces (x, y, z) as a map between voxels in array axis order."""
-    dim = len(fixed_spacing)
+    dim = len(fixed_frame) - 1
     linear = np.array(transform.GetMatrix()).reshape(dim, dim)
     centre = np.array(transform.GetCenter())
-    offset = centre + np.array(transform.GetTranslation()) - linear @ centre
-    linear, offset = linear[::-1, ::-1], offset[::-1]
     matrix = np.eye(dim + 1)
-    matrix[:dim, :dim] = (
-        np.diag(1 / np.asarray(moving_spacing, float)) @ linear @ np.diag(np.asarray(fixed_spacing, float))
-    )
-    matrix[:dim, dim] = offset / np.asarray(moving_spacing, float)
-    return matrix
+    matrix[:dim, :dim] = linear[::-1, ::-1]
+    matrix[:dim, dim] = (centre + np.array(transform.GetTranslation()) - linear @ centre)[::-1]
+    return np.linalg.inv(moving_frame) @ matrix @ fixed_frame

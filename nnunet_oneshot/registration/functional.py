@@ -116,6 +116,24 @@ def integrate_on(velocity: Tensor, shape: Sequence[int], *, steps: int = 5) -> T
     return resize(scale_vectors(displacement, coarse, shape), shape)
 
 
+def inverse_residual(velocity: Tensor, *, steps: int = 7) -> tuple[Tensor, Tensor]:
+    """How far exp(-v) o exp(v) is from the identity, which it is for an exact integration of a resolved field.
+
+    Args:
+        velocity: (B, D, *grid), voxels of the grid.
+        steps: Number of squarings.
+
+    Returns:
+        Displacement of the composition (B, D, *grid), voxels, and a mask (B, *grid) that is 1 where exp(v) stays within
+        the grid: beyond it the field is not known, and the residual means nothing.
+    """
+    forward, backward = integrate_velocity(velocity, steps=steps), integrate_velocity(-velocity, steps=steps)
+    reached = identity_grid(velocity.shape[2:], device=velocity.device)[None] + forward
+    last = torch.tensor(velocity.shape[2:], device=velocity.device).view(1, -1, *[1] * (velocity.ndim - 2)) - 1
+    inside = ((reached >= 0) & (reached <= last)).all(1).to(velocity.dtype)
+    return compose(backward, forward), inside
+
+
 def warp(volume: Tensor, displacement: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
     """Pull-back of (B, C, *grid) by a displacement (B, D, *grid) in voxels of the same grid."""
     points = identity_grid(displacement.shape[2:], device=displacement.device)[None] + displacement

@@ -17,6 +17,7 @@ from nnunet_oneshot.registration.fitting import refine_velocity, velocity_shape
 from nnunet_oneshot.registration.functional import (
     folding,
     integrate_on,
+    inverse_residual,
     jacobian_determinant,
     scale_vectors,
     similarity_loss,
@@ -35,7 +36,7 @@ class Aligned:
         affine: (D + 1, D + 1), case voxel -> atlas voxel.
         fixed: (1, C, *grid).
         mask: (1, 1, *grid).
-        start: Which start the affine came from; ``"identity"`` means centre on centre.
+        start: Which start the affine came from; ``"identity"`` means that nothing was optimised.
         seconds: Time of the affine stage.
     """
 
@@ -78,15 +79,27 @@ class AtlasRegistrar:
         self.grid = RegistrationGrid.over(self._atlas.shape[1:], self._spacing, config.max_voxels)
         self.image = self.grid.atlas_image(self._atlas).to(device)
 
-    def align(self, case: np.ndarray, spacing: Sequence[float]) -> Aligned:
-        """The affine stage for a case (C, U, V, W) with 3 voxel edges in mm."""
+    def align(self, case: np.ndarray, spacing: Sequence[float], *, initial: np.ndarray | None = None) -> Aligned:
+        """The affine stage.
+
+        Args:
+            case: (C, U, V, W).
+            spacing: 3 voxel edges of the case, mm.
+            initial: (4, 4) rigid map case voxel -> atlas voxel to start from, such as that of the files' headers; None:
+                the axes of both volumes point alike, and their centres are laid on each other.
+        """
         started = time.perf_counter()
         image, edges = self._squeeze(case), self._axes(spacing)
+        if initial is not None and self.flat:
+            initial = initial[1:, 1:]
         if self.config.affine:
-            result = register_affine(image, self._atlas, fixed_spacing=edges, moving_spacing=self._spacing)
+            result = register_affine(
+                image, self._atlas, fixed_spacing=edges, moving_spacing=self._spacing, initial=initial
+            )
             affine, start = result.matrix, result.start
         else:
-            affine, start = centre_alignment(image.shape[1:], self._atlas.shape[1:], edges, self._spacing), "identity"
+            centred = centre_alignment(image.shape[1:], self._atlas.shape[1:], edges, self._spacing)
+            affine, start = (centred if initial is None else initial), "identity"
         fixed, mask = self.grid.fixed_image(image, affine)
         return Aligned(affine, fixed, mask, start, time.perf_counter() - started)
 
@@ -148,6 +161,12 @@ class AtlasRegistrar:
         determinant = jacobian_determinant(displacement).flatten(1)
         edges = torch.tensor(self.grid.spacing, device=displacement.device).view(1, -1, *[1] * len(self.grid.shape))
         length = (displacement * edges).norm(dim=1).flatten(1)
+        coarse = velocity.shape[2:]
+        coarse_edges = edges * torch.tensor(
+            [n / c for n, c in zip(self.grid.shape, coarse, strict=True)], device=displacement.device
+        ).view_as(edges)
+        residual, inside = inverse_residual(scale_vectors(velocity, self.grid.shape, coarse), steps=_QUALITY_STEPS)
+        error = (residual * coarse_edges).norm(dim=1) * inside
         figures = {
             # The loss is the negative squared correlation.
             "similarity_before": -before,
@@ -158,6 +177,9 @@ class AtlasRegistrar:
             "log_jacobian_std": determinant.clamp_min(1e-3).log().std(1),
             "mean_displacement_mm": length.mean(1),
             "max_displacement_mm": length.max(1).values,
+            "inverse_consistency_mm": error.flatten(1).sum(1) / inside.flatten(1).sum(1).clamp_min(1),
+            "inverse_consistency_max_mm": error.flatten(1).max(1).values,
+            "observed": mask.flatten(1).mean(1),
         }
         return [{name: round(float(values[i]), 6) for name, values in figures.items()} for i in range(len(fixed))]
 
@@ -186,6 +208,7 @@ def register_arrays(
     *,
     atlas_spacing: Sequence[float],
     case_spacing: Sequence[float],
+    initial: np.ndarray | None = None,
     config: RegistrationConfig | None = None,
     device: torch.device | str = "cpu",
 ) -> Registration:
@@ -196,6 +219,7 @@ def register_arrays(
         case: (C, U, V, W) fixed image, on any grid.
         atlas_spacing: 3 voxel edges of the atlas, mm.
         case_spacing: 3 voxel edges of the case, mm.
+        initial: (4, 4) rigid map case voxel -> atlas voxel to start from; see `AtlasRegistrar.align`.
         config: Settings; None for the defaults.
         device: Where the deformable stage runs.
 
@@ -209,5 +233,5 @@ def register_arrays(
         config=config or RegistrationConfig(method="refine"),
         device=torch.device(device),
     )
-    aligned = registrar.align(case, case_spacing)
+    aligned = registrar.align(case, case_spacing, initial=initial)
     return registrar.deform([aligned], ["fixed"], [case.shape[1:]])[0]

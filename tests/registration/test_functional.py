@@ -68,6 +68,27 @@ def test_negative_velocity_inverts(shape):
     assert residual.abs().mean() < 0.05
 
 
+@pytest.mark.parametrize("shape", [(24, 20), (20, 24, 18)])
+def test_inverse_residual_of_smooth_fields_is_small_and_of_rough_ones_is_not(shape):
+    def error(velocity):
+        residual, inside = fn.inverse_residual(velocity)
+        return ((residual.norm(dim=1) * inside).sum() / inside.sum()).item()
+
+    assert error(torch.zeros(1, len(shape), *shape)) == 0
+    assert error(_smooth_velocity(shape, 1.0)) < 0.05
+    rough = 3 * torch.randn(1, len(shape), *shape, generator=torch.Generator().manual_seed(0))
+    assert error(rough) > 10 * error(_smooth_velocity(shape, 1.0))
+
+
+def test_inverse_residual_leaves_out_what_leaves_the_grid():
+    velocity = torch.zeros(1, 2, 8, 8)
+    velocity[:, 0] = 2.5
+    residual, inside = fn.inverse_residual(velocity)
+    assert inside[0, :5].all()
+    assert not inside[0, 6:].any()
+    assert torch.allclose(residual * inside[:, None], torch.zeros(1), atol=1e-4)
+
+
 def test_composition_of_translations_adds():
     first, second = torch.full((1, 2, 9, 9), 1.0), torch.full((1, 2, 9, 9), -0.25)
     assert torch.allclose(fn.compose(first, second), torch.full((1, 2, 9, 9), 0.75))

@@ -11,7 +11,7 @@ from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.registration.affine import centre_alignment, register_affine
 from nnunet_oneshot.registration.functional import integrate_velocity, resize, warp
 from nnunet_oneshot.registration.grid import RegistrationGrid
-from nnunet_oneshot.registration.pairs import register_arrays
+from nnunet_oneshot.registration.pairs import AtlasRegistrar, register_arrays
 from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case, warp_label_probabilities
 
 
@@ -102,6 +102,8 @@ def test_known_smooth_deformation_is_recovered(shape):
     assert after < 0.5 * before
     assert registration.quality["similarity_after"] > registration.quality["similarity_before"]
     assert registration.quality["folding"] < 1e-4
+    assert registration.quality["inverse_consistency_mm"] < 0.1
+    assert registration.quality["observed"] > 0.8
     assert registration.velocity.shape[0] == 3
 
 
@@ -146,6 +148,32 @@ def test_affine_alone_needs_no_iterations():
     atlas = blobs((16, 16, 16))
     registration = register_arrays(atlas, atlas, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1), config=config)
     assert not registration.velocity.any()
+
+
+def test_inverse_consistency_is_in_mm():
+    velocity = 2 * torch.randn(1, 3, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for edge in (1.0, 2.0):
+        registrar = AtlasRegistrar(
+            "atlas",
+            blobs((16, 16, 16)),
+            (edge, edge, edge),
+            config=RegistrationConfig(),
+            device=torch.device("cpu"),
+        )
+        mask = torch.ones(1, 1, 16, 16, 16)
+        errors.append(registrar._quality(velocity, registrar.image, registrar.image, mask)[0])
+    assert errors[1]["inverse_consistency_mm"] == pytest.approx(2 * errors[0]["inverse_consistency_mm"], rel=1e-3)
+    assert errors[0]["inverse_consistency_max_mm"] >= errors[0]["inverse_consistency_mm"] > 0
+
+
+def test_an_initial_map_turns_every_start():
+    moving = blobs((24, 26, 28))
+    turned = np.ascontiguousarray(np.flip(np.moveaxis(moving, 1, 3), 2))
+    # Axes of the turned copy are (1, reversed 2, 0) of the original.
+    initial = np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 27], [0, 0, 0, 1.0]])
+    result = register_affine(turned, moving, fixed_spacing=(1, 1, 1), moving_spacing=(1, 1, 1), initial=initial)
+    assert mean_error(result.matrix, initial, turned.shape[1:]) < 0.1
 
 
 def test_registration_grid_respects_the_limit_and_covers_the_atlas():

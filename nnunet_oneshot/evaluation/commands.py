@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -85,17 +87,27 @@ def run_command(
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=cwd,
+            start_new_session=True,
         )
         try:
             status, peak = _wait(process)
         except BaseException:
-            process.terminate()
-            process.wait()
+            _stop(process)
             raise
     if status != 0:
         tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
         raise OneShotError(f"`{line}` ended with status {status}. The end of its output ({log_file}):\n{tail}")
     return CommandResult(line=line, seconds=time.monotonic() - start, peak_memory_mb=peak)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """Ends a command with the worker processes it started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+    process.wait()
 
 
 def _wait(process: subprocess.Popen) -> tuple[int, float | None]:

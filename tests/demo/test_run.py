@@ -1,6 +1,8 @@
 """The demonstration refuses folders that are not its own."""
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,30 @@ def test_command_reports_time_and_memory(tmp_path):
     assert json.loads((tmp_path / "log.txt").read_text()) == str(tmp_path)
     assert result.seconds > 0 and result.peak_memory_mb > 1
     assert environment["nnUNet_extTrainer"].endswith("ext_trainer")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes through /proc")
+def test_interruption_ends_the_workers_of_a_command(tmp_path, monkeypatch):
+    code = (
+        "import subprocess, sys, time\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(worker.pid, flush=True)\ntime.sleep(600)\n"
+    )
+    log = tmp_path / "log.txt"
+
+    def interrupted(process):
+        while not log.read_text().strip():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        commands.run_command(["python", "-c", code], environment=commands.command_environment(), log_file=log)
+    worker = Path("/proc") / log.read_text().strip() / "cmdline"
+    deadline = time.monotonic() + 10
+    while worker.exists() and b"time.sleep" in worker.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not worker.exists() or b"time.sleep" not in worker.read_bytes()
 
 
 def test_existing_trainer_folders_are_kept(monkeypatch):

@@ -23,7 +23,9 @@ class RegistrationConfig:
             ``"network+refine"`` (the network's velocity field is the start of each pair's optimisation).
         affine: Whether an affine registration comes first.
         max_voxels: Largest number of voxels of the grid on which images are compared; larger atlases are downsampled.
-        similarity: ``"lncc"`` or ``"mse"``.
+        similarity: ``"lncc"`` (local correlation), ``"mse"``, or for images of different contrast ``"mind"``
+            (self-similarity descriptors) or ``"nmi"`` (mutual information); the affine stage then maximises mutual
+            information instead of correlation.
         lncc_kernel: Edge of the LNCC window, voxels of the registration grid.
         smoothness: Weight of the diffusion energy of the velocity field, taken in physical units.
         velocity_downsample: The velocity grid is this many times coarser than the registration grid.
@@ -85,7 +87,7 @@ class SynthesisConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Losses of teacher and student (arXiv 2408.03616, section 1 of the design notes).
+    """Losses of teacher and student (arXiv 2408.03616).
 
     Attributes:
         hint: ``"voxel"`` (cosine at every place after a learned projection of the student's features), ``"voxel_raw"``
@@ -93,11 +95,16 @@ class DistillationConfig:
         hint_weight: Weight of the hint (the paper's lambda_hint).
         reconstruction_weight: Weight of the teacher's reconstruction (the paper's lambda_recon).
         levels: Number of decoder levels compared, counted from full resolution.
-        warmup_epochs: Share of the epochs over which the hint's weight rises linearly from 0; the projections already
+        warmup_epochs: Share (0 to 1) of the epochs over which the hint's weight rises linearly from 0; the projections already
             learn during it.
         teacher_learning_rate: Initial learning rate of the teacher and of the projections (AdamW).
         corruption: Share of the real patch that is masked before the teacher sees it, so that it cannot copy its input.
         corruption_block: Edge of a masked block, voxels.
+        real_weight: Weight of the segmentation loss on real patches with propagated labels; 0 leaves it out, as the
+            paper does.
+        agreement_start: Share of the epochs after which that loss leaves out voxels where the averaged student does
+            not agree with the propagated label.
+        average_decay: Share of the averaged student that remains at each step.
     """
 
     hint: str = "voxel"
@@ -108,6 +115,9 @@ class DistillationConfig:
     teacher_learning_rate: float = 1e-3
     corruption: float = 0.0
     corruption_block: int = 8
+    real_weight: float = 1.0
+    agreement_start: float = 0.3
+    average_decay: float = 0.99
 
 
 @dataclass(frozen=True)
@@ -169,10 +179,20 @@ class OneShotConfig:
 
 _CHOICES = {
     "method": ("refine", "network", "network+refine"),
-    "similarity": ("lncc", "mse"),
+    "similarity": ("lncc", "mse", "mind", "nmi"),
     "hint": ("voxel", "voxel_raw", "global", "none"),
 }
-_PROBABILITIES = ("p_scale", "p_mix", "p_random", "p_appearance", "corruption", "unlabelled_fraction", "warmup_epochs")
+_PROBABILITIES = (
+    "p_scale",
+    "p_mix",
+    "p_random",
+    "p_appearance",
+    "corruption",
+    "unlabelled_fraction",
+    "warmup_epochs",
+    "agreement_start",
+    "average_decay",
+)
 _AT_LEAST_ONE = ("corruption_block", "levels")
 _NESTED = {
     "registration": RegistrationConfig,

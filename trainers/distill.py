@@ -12,6 +12,7 @@ from nnunetv2.utilities.helpers import dummy_context
 from torch._dynamo import OptimizedModule
 
 from nnunet_oneshot.checkpoints import saving_checkpoint
+from nnunet_oneshot.distillation.agreement import build_agreement_loss, mask_disagreement
 from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, save_teacher, teacher_file
@@ -47,6 +48,14 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.teacher_scheduler = PolyLRScheduler(
             self.teacher_optimizer, settings.teacher_learning_rate, self.num_epochs
         )
+        if settings.real_weight:
+            # After the optimiser is made: the average is not trained.
+            self.distiller.follow(self._student())
+            self._agreement_loss = build_agreement_loss(
+                self.loss,
+                num_heads=self.label_manager.num_segmentation_heads,
+                has_regions=self.label_manager.has_regions,
+            )
 
     def on_train_start(self) -> None:
         if self._resumed_from is not None:
@@ -65,8 +74,6 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             target = [part.to(self.device, non_blocking=True) for part in target]
         else:
             target = target.to(self.device, non_blocking=True)
-        student = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
-
         self.optimizer.zero_grad(set_to_none=True)
         self.teacher_optimizer.zero_grad(set_to_none=True)
         # One network after the other, so that the activations of only one are held.
@@ -74,19 +81,22 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             reconstruction, teacher_features = self.distiller.reconstruct(real)
         self._scaled(reconstruction).backward()
         with self._autocast():
-            output, features = self._features(student, data)
+            output, features = self._features(self._student(), data)
             segmentation = self.loss(output, target)
             hint = self.distiller.hint(features, teacher_features, weight, hint_weight=self._hint_weight())
         self._scaled(segmentation + hint).backward()
+        agreement = self._learn_from_real(real, target)
         self._step()
-        losses = {"loss": segmentation, "hint": hint, "reconstruction": reconstruction}
+        losses = {"loss": segmentation, "hint": hint, "reconstruction": reconstruction, "agreement": agreement}
         return {name: value.detach().cpu().numpy() for name, value in losses.items()}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
-        hint, reconstruction = (np.mean([o[name] for o in train_outputs]) for name in ("hint", "reconstruction"))
+        names = ("hint", "reconstruction", "agreement")
+        hint, reconstruction, agreement = (np.mean([o[name] for o in train_outputs]) for name in names)
         self.print_to_log_file(
-            f"hint {hint:.4f} (weight {self._hint_weight():.4f}), reconstruction {reconstruction:.4f}"
+            f"hint {hint:.4f} (weight {self._hint_weight():.4f}), reconstruction {reconstruction:.4f}, "
+            f"real patches with propagated labels {agreement:.4f}"
         )
 
     def on_train_end(self) -> None:
@@ -109,6 +119,32 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         # Validation needs no teacher: its file is read when training starts.
         self._resumed_from = filename_or_checkpoint
 
+    def _learn_from_real(self, real: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """Backward pass of the loss on real patches with propagated labels, once the average agrees with them."""
+        settings = self.config.distillation
+        if not settings.real_weight:
+            return real.new_zeros(())
+        averaged = self.distiller.averaged
+        options = {
+            "num_heads": self.label_manager.num_segmentation_heads,
+            "has_regions": self.label_manager.has_regions,
+            "has_ignore": self.label_manager.has_ignore_label,
+        }
+        with self._autocast():
+            prediction = None
+            if self.current_epoch >= settings.agreement_start * self.num_epochs:
+                with torch.no_grad():
+                    output = averaged(real)
+                prediction = output[0] if isinstance(output, list) else output
+            target = mask_disagreement(target, prediction, **options)
+            loss = self._agreement_loss(self.network(real), target)
+        self._scaled(settings.real_weight * loss).backward()
+        return loss
+
+    def _student(self) -> torch.nn.Module:
+        """The network itself, without the wrapper of ``torch.compile``."""
+        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+
     def _hint_weight(self) -> float:
         return self.distiller.hint_weight(self.current_epoch / self.num_epochs)
 
@@ -130,3 +166,5 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 optimizer.step()
         if self.grad_scaler is not None:
             self.grad_scaler.update()
+        if self.config.distillation.real_weight:
+            self.distiller.averaged.update_parameters(self._student())

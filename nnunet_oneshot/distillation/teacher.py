@@ -10,6 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_oneshot.config import DistillationConfig
+from nnunet_oneshot.distillation.agreement import average_of
 from nnunet_oneshot.distillation.features import decoder_features, feature_channels
 from nnunet_oneshot.distillation.functional import (
     global_cosine_hint,
@@ -85,6 +86,10 @@ class Distiller(nn.Module):
         self.projections = nn.ModuleList(
             FeatureProjection(conv_op, number) if config.hint == "voxel" else nn.Identity() for number in channels
         )
+
+    def follow(self, student: nn.Module) -> None:
+        """Starts the average of a student's weights, which is kept and saved with the teacher."""
+        self.averaged = average_of(student, self.config.average_decay)
 
     def hint_weight(self, progress: float) -> float:
         """Weight of the hint after a share ``progress`` (0 to 1) of the epochs: a linear rise, then constant."""

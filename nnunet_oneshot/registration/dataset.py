@@ -94,15 +94,16 @@ def register_dataset(
         f"Registering {', '.join(atlases)}: {len(missing)} of {len(keys)} pairs are to be computed "
         f"({config.registration.method}, on {device}); results go to {cache.folder}."
     )
-    for atlas, _ in missing:
-        if atlas not in registrars:
-            registrars[atlas] = AtlasRegistrar(
-                atlas, dataset.image(atlas), dataset.spacing(atlas), config=config.registration, device=device
-            )
+    # The network is trained on all pairs, whatever is cached, so that it does not depend on the cache's history.
+    needed = keys if "network" in config.registration.method else missing
+    for atlas in sorted({atlas for atlas, _ in needed}):
+        registrars[atlas] = AtlasRegistrar(
+            atlas, dataset.image(atlas), dataset.spacing(atlas), config=config.registration, device=device
+        )
     with writing(cache.folder):
         cache.folder.mkdir(parents=True, exist_ok=True)
     predict = load_or_fit_network(
-        cache.folder, dataset, registrars, missing, config=config, parameters=parameters, device=device, log=log
+        cache.folder, dataset, registrars, list(keys), config=config, parameters=parameters, device=device, log=log
     )
     with tqdm(total=len(missing), desc="Registering") as progress:
         for atlas, batch in _batches(missing, registrars):
@@ -195,7 +196,7 @@ def _report(cache: RegistrationCache, pairs: Sequence[tuple[str, str]], log: Cal
     )
     worst = pairs[int(after.argmin())]
     log(
-        f"Registered {len(pairs)} pairs: local correlation {before.mean():.3f} -> {after.mean():.3f} "
+        f"Registered {len(pairs)} pairs: squared local correlation {before.mean():.3f} -> {after.mean():.3f} "
         f"(lowest {after.min():.3f}, {worst[0]} to {worst[1]}), folding {100 * folds.mean():.4f} % of voxels "
         f"(most {100 * folds.max():.4f} %)."
     )

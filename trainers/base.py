@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_oneshot.checkpoints import loading_checkpoint, saving_checkpoint
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.labelled import labelled_cases
-from nnunet_oneshot.data.preprocessed import check_preprocessed
+from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image
 from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import resolve_fold
 from nnunet_oneshot.errors import OneShotError
@@ -105,6 +106,7 @@ class OneShotTrainer(nnUNetTrainer):
             self.config.mirror_axes,
             dim=len(self.configuration_manager.patch_size),
             load_atlas_segs=self._load_atlas_segs,
+            load_images=self._load_images,
             ignore_label=self.label_manager.ignore_label,
         )
         self.print_to_log_file(sentence)
@@ -178,6 +180,11 @@ class OneShotTrainer(nnUNetTrainer):
 
     def _labelled_cases(self) -> list[str]:
         return labelled_cases(self.preprocessed_dataset_folder_base, self.dataset_json, self._cases())
+
+    def _load_images(self) -> tuple[list, list]:
+        """Images of the atlases, and of enough unlabelled cases to see how scans of the dataset lie."""
+        read = partial(load_image, self.preprocessed_dataset_folder)
+        return [read(case) for case in self.roles.atlases], [read(case) for case in self.roles.unlabelled[:64]]
 
     def _load_atlas_segs(self) -> list:
         dataset = self.dataset_class(self.preprocessed_dataset_folder, list(self.roles.atlases))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nnunet_oneshot.synthesis.mirroring import allowed_mirror_axes
+from nnunet_oneshot.synthesis.mirroring import allowed_mirror_axes, occurring_mirror_axes
 
 
 def box(seg, label, *slices):
@@ -15,6 +15,28 @@ def pair(shift=0):
     seg = np.zeros((24, 10, 10), np.int16)
     box(seg, 1, (8, 11), (2, 8), (3, 7))
     return box(seg, 2, (17, 20), (2 + shift, 8 + shift), (3, 7))
+
+
+def _scan(seed: int, shape=(24, 26, 22)) -> np.ndarray:
+    """An image (1, *shape) that is bright on one side of axis 0, bright in the middle of axis 1, and noisy."""
+    rng = np.random.default_rng(seed)
+    image = np.linspace(0, 4, shape[0])[:, None, None] + 4 * np.exp(-(np.linspace(-2, 2, shape[1]) ** 2))[:, None]
+    return (image + rng.standard_normal(shape))[None]
+
+
+def test_scans_that_all_lie_one_way_forbid_the_axis_on_which_they_differ_from_their_mirror_image():
+    cases = [_scan(seed) for seed in range(1, 21)]
+    assert 0 not in occurring_mirror_axes([_scan(0)], cases, (0, 1, 2))
+    assert 1 in occurring_mirror_axes([_scan(0)], cases, (0, 1, 2))
+
+
+def test_scans_that_lie_both_ways_allow_the_axis():
+    cases = [_scan(seed)[:, :: (-1) ** (seed % 2)] for seed in range(1, 21)]
+    assert 0 in occurring_mirror_axes([_scan(0)], cases, (0,))
+
+
+def test_without_cases_no_axis_is_forbidden():
+    assert occurring_mirror_axes([_scan(0)], [], (0, 1, 2)) == (0, 1, 2)
 
 
 def test_left_and_right_forbid_their_axis_alone():

@@ -104,7 +104,10 @@ def test_atlas_voxel_is_found_in_the_case():
 def test_only_images_are_read_for_scaled_mixed_and_random_fields():
     reads = []
     sample_patch(
-        identity_grid(SHAPE), drawn(seed=3), atlas(), lambda box: reads.append(box) or smooth_image()[(slice(None), *box)]
+        identity_grid(SHAPE),
+        drawn(seed=3),
+        atlas(),
+        lambda box: reads.append(box) or smooth_image()[(slice(None), *box)],
     )
     assert len(reads) == 1
 

@@ -209,7 +209,7 @@ def register_pair(
     for warning in quality["warnings"]:
         log(f"Warning: {warning}")
     log(
-        f"Registered in {quality['seconds']:.1f} s: local correlation {quality['similarity_before']:.3f} -> "
+        f"Registered in {quality['seconds']:.1f} s: squared local correlation {quality['similarity_before']:.3f} -> "
         f"{quality['similarity_affine']:.3f} (affine) -> {quality['similarity_after']:.3f}, folding "
         f"{100 * quality['folding']:.4f} % of voxels. Results are in {target}."
     )

@@ -17,6 +17,7 @@ from nnunet_oneshot.registration.functional import (
     similarity_loss,
     warp,
 )
+from nnunet_oneshot.registration.multimodal import mind_ssc
 
 # No level is coarser than this many voxels on its shortest axis: less holds no anatomy.
 _COARSEST_EDGE = 12
@@ -73,6 +74,10 @@ def refine_velocity(
         if iterations == 0 or (initial is not None and index == 0 and len(shapes) > 1):
             continue
         atlas_level, fixed_level, mask_level = (downsample(v, shape) for v in (atlas, fixed, mask))
+        similarity = config.similarity
+        if similarity == "mind":
+            # Descriptors are computed once and warped as they are; a small rotation of them is neglected.
+            atlas_level, fixed_level, similarity = mind_ssc(atlas_level), mind_ssc(fixed_level), "mse"
         edges = [s * g / n for s, g, n in zip(spacing, grid, shape, strict=True)]
         coarse = velocity_shape(shape, config.velocity_downsample)
         coarse_edges = [e * n / c for e, n, c in zip(edges, shape, coarse, strict=True)]
@@ -86,9 +91,7 @@ def refine_velocity(
             optimizer.zero_grad(set_to_none=True)
             displacement = integrate_on(parameter, shape, steps=config.integration_steps)
             warped = warp(atlas_level.expand(len(fixed), -1, *shape), displacement)
-            loss = similarity_loss(
-                warped, fixed_level, mask_level, similarity=config.similarity, kernel=config.lncc_kernel
-            )
+            loss = similarity_loss(warped, fixed_level, mask_level, similarity=similarity, kernel=config.lncc_kernel)
             loss = loss + config.smoothness * diffusion_energy(scale_vectors(parameter, shape, coarse), coarse_edges)
             loss.sum().backward()
             optimizer.step()

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nnunet_oneshot.registration.multimodal import mind_ssc, mutual_information
+
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -200,14 +202,19 @@ def similarity_loss(
         warped: (B, C, *grid).
         fixed: (B, C, *grid).
         mask: (B, 1, *grid), 1 where ``fixed`` was observed; places outside do not count.
-        similarity: ``"lncc"`` (squared local normalised cross-correlation, -1 is best) or ``"mse"``.
+        similarity: ``"lncc"`` (squared local normalised cross-correlation, -1 is best), ``"mse"``, ``"mind"``
+            (descriptors of self-similarity, 0 is best) or ``"nmi"`` (normalised mutual information, -1 is best).
         kernel: Edge of the LNCC window, voxels; made odd and no longer than the shortest axis.
 
     Returns:
         (B,), the mean over channels and observed places of each pair.
     """
     warped, fixed = warped.float(), fixed.float()
-    if similarity == "mse":
+    if similarity == "nmi":
+        return -mutual_information(warped, fixed, mask).mean(1)
+    if similarity == "mind":
+        warped, fixed = mind_ssc(warped), mind_ssc(fixed)
+    if similarity in ("mse", "mind"):
         values = (warped - fixed) ** 2
     else:
         window = min([kernel, *fixed.shape[2:]])

@@ -94,7 +94,12 @@ class AtlasRegistrar:
             initial = initial[1:, 1:]
         if self.config.affine:
             result = register_affine(
-                image, self._atlas, fixed_spacing=edges, moving_spacing=self._spacing, initial=initial
+                image,
+                self._atlas,
+                fixed_spacing=edges,
+                moving_spacing=self._spacing,
+                initial=initial,
+                metric="mutual_information" if self.config.similarity in ("mind", "nmi") else "correlation",
             )
             affine, start = result.matrix, result.start
         else:

@@ -128,8 +128,9 @@ class OneShotConfig:
         version: Version of the block's layout.
         atlases: Labelled cases to warp, or None: ``oneshot_atlas.json`` beside ``splits_final.json`` decides.
         seed: Seed of synthesis, network initialisation and registration.
-        mirror_axes: ``"auto"`` (mirroring is left out on every axis on which it would exchange labels of the atlas) or
-            a list of patch axes that may be mirrored, in training and at test time.
+        mirror_axes: ``"auto"`` (mirroring is left out on every axis on which it would exchange labels of the atlas, or
+            on which no unlabelled training image looks mirrored) or a list of patch axes that may be mirrored, in
+            training and at test time.
         progress_cases: Number of held-out cases on whose synthetic pairs progress is watched.
         unlabelled_fraction: Share of the unlabelled training cases that is used.
         registration: See `RegistrationConfig`.

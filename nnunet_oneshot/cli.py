@@ -266,9 +266,17 @@ def _add_register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _register_pair(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.config import RegistrationConfig
     from nnunet_oneshot.registration.files import register_pair
 
-    register_pair(options.fixed, options.moving, out=options.o, labels=options.labels, device=options.device)
+    register_pair(
+        options.fixed,
+        options.moving,
+        out=options.o,
+        labels=options.labels,
+        config=RegistrationConfig(method="refine", similarity=options.similarity),
+        device=options.device,
+    )
 
 
 def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
@@ -284,8 +292,45 @@ def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("moving", metavar="MOVING", help="image that is warped onto it")
     parser.add_argument("--labels", metavar="MOVING_LABELS", help="label map of the moving image, on its grid")
     parser.add_argument("-o", required=True, metavar="OUT", help="folder to make")
+    parser.add_argument(
+        "--similarity",
+        choices=["lncc", "mse", "mind", "nmi"],
+        default="lncc",
+        help="what is maximised; mind or nmi for images of different contrast (default: lncc)",
+    )
     parser.add_argument("--device", default="cpu", help="where the deformable stage runs (default: cpu)")
     parser.set_defaults(run=_register_pair)
+
+
+def _suggest_atlas(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.data.suggestion import suggest_atlas
+
+    suggest_atlas(
+        dataset=options.d,
+        images=options.i,
+        file_ending=options.file_ending,
+        out=options.o,
+        num_processes=options.np,
+    )
+
+
+def _add_suggest_atlas(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "suggest-atlas",
+        help="rank scans by how well they represent the others: which one to label",
+        description="Aligns small copies of all images and ranks the cases by their mean correlation to the others. "
+        "Opens no label. Prints the ranking and writes atlas_ranking.csv, atlas_ranking.json and atlas_ranking.png, "
+        "a picture of the most and the least typical cases.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("-d", metavar="DATASET", help="dataset number or name in nnUNet_raw")
+    source.add_argument("-i", metavar="FOLDER", help="folder of images, before there is any dataset.json")
+    parser.add_argument(
+        "--file_ending", default=".nii.gz", metavar="SUFFIX", help="of the images with -i (default: %(default)s)"
+    )
+    parser.add_argument("-o", default=".", metavar="FOLDER", help="where the ranking is written (default: here)")
+    parser.add_argument("-np", type=int, metavar="N", help="processes (default: nnUNet_def_n_proc, else up to 8)")
+    parser.set_defaults(run=_suggest_atlas)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -304,6 +349,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_propagate(subparsers)
     _add_register(subparsers)
     _add_register_pair(subparsers)
+    _add_suggest_atlas(subparsers)
     return parser
 
 

@@ -43,7 +43,7 @@ def test_given_settings_replace_defaults():
         ({"mirror_axes": "never"}, "mirror_axes"),
         ({"mirror_axes": [3]}, "mirror_axes"),
         ({"registration": {"affine": 1}}, "affine"),
-        ({"registration": {"similarity": "nmi"}}, "similarity"),
+        ({"registration": {"similarity": "ssim"}}, "similarity"),
         ({"registration": {"refine_iterations": []}}, "refine_iterations"),
         ({"synthesis": {"p_mix": 1.5}}, "p_mix"),
         ({"synthesis": {"scale_range": 0.5}}, "scale_range"),

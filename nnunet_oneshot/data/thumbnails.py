@@ -28,6 +28,19 @@ def pool_volume(volume: np.ndarray) -> np.ndarray:
     return torch.nn.functional.adaptive_avg_pool3d(tensor, shape)[0].numpy()
 
 
+def correlations(volumes: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
+    """Normalised cross-correlations of all pairs of blurred volumes.
+
+    Args:
+        volumes: Results of `pool_volume`.
+
+    Returns:
+        Sorted names, and the symmetric matrix (N, N) in their order.
+    """
+    matrix = _blurred_rows(volumes)
+    return sorted(volumes), matrix @ matrix.T
+
+
 def find_medoid(candidates: Sequence[str], volumes: Mapping[str, np.ndarray]) -> tuple[str, float]:
     """The candidate with the highest mean normalised cross-correlation to all other volumes.
 
@@ -38,16 +51,21 @@ def find_medoid(candidates: Sequence[str], volumes: Mapping[str, np.ndarray]) ->
     Returns:
         The candidate (the first by name among equals) and its mean correlation.
     """
-    from scipy.ndimage import gaussian_filter
-
     names = sorted(volumes)
-    rows = []
-    for name in names:
-        channels = [gaussian_filter(channel, _BLUR) for channel in volumes[name].astype(np.float64)]
-        centred = np.concatenate([(channel - channel.mean()).ravel() / (channel.std() + 1e-8) for channel in channels])
-        rows.append(centred / np.sqrt(len(centred)))
-    matrix = np.stack(rows)
+    matrix = _blurred_rows(volumes)
     # Rounded, so that the choice does not hang on the order in which a BLAS library adds numbers.
     means = np.round((matrix @ (matrix.sum(axis=0)) - 1) / max(len(names) - 1, 1), 6)
     best = max(sorted(candidates), key=lambda name: means[names.index(name)])
     return best, float(means[names.index(best)])
+
+
+def _blurred_rows(volumes: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Each volume as a row of unit length, in order of the names; all channels count the same."""
+    from scipy.ndimage import gaussian_filter
+
+    rows = []
+    for name in sorted(volumes):
+        channels = [gaussian_filter(channel, _BLUR) for channel in volumes[name].astype(np.float64)]
+        centred = np.concatenate([(channel - channel.mean()).ravel() / (channel.std() + 1e-8) for channel in channels])
+        rows.append(centred / np.sqrt(len(centred)))
+    return np.stack(rows)

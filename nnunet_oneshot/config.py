@@ -95,8 +95,8 @@ class DistillationConfig:
         hint_weight: Weight of the hint (the paper's lambda_hint).
         reconstruction_weight: Weight of the teacher's reconstruction (the paper's lambda_recon).
         levels: Number of decoder levels compared, counted from full resolution.
-        warmup_epochs: Share (0 to 1) of the epochs over which the hint's weight rises linearly from 0; the projections already
-            learn during it.
+        warmup_epochs: Share (0 to 1) of the epochs over which the hint's weight rises linearly from 0; the projections
+            already learn during it.
         teacher_learning_rate: Initial learning rate of the teacher and of the projections (AdamW).
         corruption: Share of the real patch that is masked before the teacher sees it, so that it cannot copy its input.
         corruption_block: Edge of a masked block, voxels.

@@ -21,8 +21,8 @@ LABELS = {"background": 0, "left_lobe": 1, "right_lobe": 2, "core": 3, "arch": 4
 SHAPE = (30, 32, 28)
 SPACING = 2.4
 
-_AIR, _FAT, _SOFT = 0.03, 0.80, 0.40
-_TISSUE = {"left_lobe": 0.60, "right_lobe": 0.60, "core": 0.52, "arch": 0.74, "nodule": 0.70}
+_AIR, _FAT, _SOFT = 0.03, 0.70, 0.45
+_TISSUE = {"left_lobe": 0.68, "right_lobe": 0.68, "core": 0.24, "arch": 0.95, "nodule": 0.80}
 _SLIDE = 4.2
 _CELL = 8.0
 _BOX = 56.0
@@ -88,8 +88,8 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
     distances = {
         "left_lobe": _bean(left, -1, sizes[0]),
         "right_lobe": _bean(right, 1, sizes[1]),
-        "core": _ellipsoid(core, (0, -15, 2), np.array([13, 10, 12]) * sizes[2]),
-        "arch": _arch(arch, 4.2 * sizes[3], rng),
+        "core": _ellipsoid(core, (0, -15, 2), np.array([15, 11, 14]) * sizes[2]),
+        "arch": _arch(arch, 4.8 * sizes[3], rng),
         "nodule": _ellipsoid(anatomy, rng.normal((0, -26, 10), 2.0), np.full(3, rng.uniform(2.5, 4.5))),
     }
     body = _ellipsoid(anatomy, (0, 0, 0), (32, 36, 29))
@@ -149,8 +149,8 @@ def _ellipsoid(points: np.ndarray, centre: tuple | np.ndarray, semi_axes: tuple 
 
 def _bean(points: np.ndarray, side: int, size: float) -> np.ndarray:
     """Signed distance (N,) to a lobe: an ellipsoid with a notch on its inner side; the two sides mirror each other."""
-    lobe = _ellipsoid(points, (side * 18, 5, 0), np.array([9, 13, 14]) * size)
-    notch = _ellipsoid(points, (side * 9, 5, 0), np.array([5, 6, 5]) * size)
+    lobe = _ellipsoid(points, (side * 19, 4, 0), np.array([10, 15, 16]) * size)
+    notch = _ellipsoid(points, (side * 9, 4, 0), np.array([5, 7, 6]) * size)
     return np.maximum(lobe, -notch)
 
 

@@ -12,6 +12,18 @@ from nnunet_oneshot.errors import OneShotError
 # Handlers import what they run, so that `--help`, `--version` and `env` answer without loading torch.
 
 
+def _fold_number(text: str) -> str:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fold: give a number such as 0")
+    return text
+
+
+def _fold(text: str) -> str:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fold: give a number such as 0, or all")
+    return text
+
+
 def _benchmark(options: argparse.Namespace) -> None:
     from nnunet_oneshot.evaluation.benchmark import run_benchmark
 
@@ -40,7 +52,9 @@ def _add_benchmark(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
     parser.add_argument("-o", required=True, metavar="OUT", help="folder of the benchmark")
     parser.add_argument("--atlas", nargs="+", metavar="CASE", help="atlases, each for its own runs (default: chosen)")
-    parser.add_argument("--fold", nargs="+", default=["0"], metavar="FOLD", help="folds to score (default: 0)")
+    parser.add_argument(
+        "--fold", nargs="+", type=_fold_number, default=["0"], metavar="FOLD", help="folds to score (default: 0)"
+    )
     parser.add_argument("--seed", nargs="+", type=int, metavar="SEED", help="seeds of the trainings (default: plans')")
     parser.add_argument(
         "--methods",
@@ -55,7 +69,7 @@ def _add_benchmark(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the oneshot block for all methods"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    parser.add_argument("-device", "--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
     parser.set_defaults(run=_benchmark)
 
 
@@ -123,7 +137,9 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
     parser.add_argument("-p", required=True, metavar="PLANS", help="name of the plans")
     parser.add_argument("-tr", required=True, metavar="TRAINER", help="the trainer the model was trained with")
-    parser.add_argument("-f", nargs="+", metavar="FOLD", help="folds to export (default: every finished one)")
+    parser.add_argument(
+        "-f", nargs="+", type=_fold, metavar="FOLD", help="folds to export (default: every finished one)"
+    )
     parser.add_argument(
         "-o",
         required=True,
@@ -131,7 +147,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         help="the model folder to make, or a .zip for nnUNetv2_install_pretrained_model_from_zip",
     )
     parser.add_argument("-i", metavar="FOLDER", help="images on which both models are compared (default: generated)")
-    parser.add_argument("--device", default="cpu", help="where the comparison runs (default: cpu)")
+    parser.add_argument("-device", "--device", default="cpu", help="where the comparison runs (default: cpu)")
     parser.set_defaults(run=_export)
 
 
@@ -221,7 +237,9 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
     parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
     parser.add_argument("-p", required=True, metavar="PLANS", help="name of the plans")
-    parser.add_argument("-f", default="0", metavar="FOLD", help="whose atlas and validation cases (default: 0)")
+    parser.add_argument(
+        "-f", type=_fold, default="0", metavar="FOLD", help="whose atlas and validation cases (default: 0)"
+    )
     parser.add_argument("-i", metavar="FOLDER", help="images to segment instead of validation cases")
     parser.add_argument("-o", required=True, metavar="FOLDER", help="where the segmentations are written")
     parser.add_argument(
@@ -230,7 +248,7 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
         default="registration",
         help="registration of this package, its affine stage alone, or ANTs SyN (default: registration)",
     )
-    parser.add_argument("--device", default="cpu", help="where the registration runs (default: cpu)")
+    parser.add_argument("-device", "--device", default="cpu", help="where the registration runs (default: cpu)")
     parser.set_defaults(run=_propagate)
 
 
@@ -259,8 +277,8 @@ def _add_register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "-p", default="nnUNetOneShotPlans", metavar="PLANS", help="name of the plans (default: %(default)s)"
     )
-    parser.add_argument("-f", nargs="+", default=["0"], metavar="FOLD", help="folds (default: 0)")
-    parser.add_argument("--device", default="cpu", help="where the deformable stage runs (default: cpu)")
+    parser.add_argument("-f", nargs="+", type=_fold, default=["0"], metavar="FOLD", help="folds (default: 0)")
+    parser.add_argument("-device", "--device", default="cpu", help="where the deformable stage runs (default: cpu)")
     parser.add_argument("--no_figures", action="store_true", help="draw no pictures")
     parser.set_defaults(run=_register)
 
@@ -298,7 +316,7 @@ def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
         default="lncc",
         help="what is maximised; mind or nmi for images of different contrast (default: lncc)",
     )
-    parser.add_argument("--device", default="cpu", help="where the deformable stage runs (default: cpu)")
+    parser.add_argument("-device", "--device", default="cpu", help="where the deformable stage runs (default: cpu)")
     parser.set_defaults(run=_register_pair)
 
 

@@ -102,6 +102,10 @@ class DistillationConfig:
         corruption_block: Edge of a masked block, voxels.
         real_weight: Weight of the segmentation loss on real patches with propagated labels; 0 leaves it out, as the
             paper does.
+        posterior_strength: How far the intensities of the real patch correct its propagated labels; 0 leaves them as
+            they are.
+        posterior_blur: Standard deviation by which a propagated label is blurred before that, voxels: how far it may
+            be wrong.
         agreement_start: Share of the epochs after which that loss leaves out voxels where the averaged student does
             not agree with the propagated label.
         average_decay: Share of the averaged student that remains at each step.
@@ -116,6 +120,8 @@ class DistillationConfig:
     corruption: float = 0.0
     corruption_block: int = 8
     real_weight: float = 1.0
+    posterior_strength: float = 0.5
+    posterior_blur: float = 1.0
     agreement_start: float = 0.3
     average_decay: float = 0.99
 
@@ -160,16 +166,9 @@ class OneShotConfig:
         """
         block = dict(plans.get(BLOCK, {}))
         where = f'the "{BLOCK}" block of plans {plans.get("plans_name", "")!r}'
-        overrides = os.environ.get(OVERRIDES_VARIABLE)
+        overrides = environment_overrides()
         if overrides:
-            try:
-                parsed = json.loads(overrides)
-            except json.JSONDecodeError as error:
-                raise OneShotError(
-                    f"The environment variable {OVERRIDES_VARIABLE} is not valid JSON ({error}): set it to a JSON "
-                    f'object such as {{"seed": 1}}, or unset it.'
-                ) from error
-            block = _merge(block, parsed)
+            block = _merge(block, overrides)
             where += f" with {OVERRIDES_VARIABLE} merged in"
         return _build(cls, block, where)
 
@@ -202,10 +201,29 @@ _NESTED = {
 }
 
 
-def _merge(block: dict[str, Any], overrides: Any) -> dict[str, Any]:
-    """A copy of ``block`` with ``overrides`` laid over it, nested objects merged."""
+def environment_overrides() -> dict[str, Any]:
+    """The settings that the environment variable lays over every plans file, not yet checked; empty without it.
+
+    Raises:
+        OneShotError: The variable holds something else than a JSON object.
+    """
+    text = os.environ.get(OVERRIDES_VARIABLE)
+    if not text:
+        return {}
+    advice = f'set {OVERRIDES_VARIABLE} to a JSON object such as {{"seed": 1}}, or unset it.'
+    try:
+        overrides = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise OneShotError(
+            f"The environment variable {OVERRIDES_VARIABLE} is not valid JSON ({error}): {advice}"
+        ) from error
     if not isinstance(overrides, dict):
-        raise OneShotError(f"{OVERRIDES_VARIABLE} holds {overrides!r}: expected a JSON object.")
+        raise OneShotError(f"The environment variable {OVERRIDES_VARIABLE} holds {text}, not a JSON object: {advice}")
+    return overrides
+
+
+def _merge(block: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``block`` with ``overrides`` laid over it, nested objects merged."""
     merged = dict(block)
     for key, value in overrides.items():
         merged[key] = _merge(merged.get(key, {}), value) if isinstance(value, dict) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_oneshot.trainers.base import OneShotTrainer
 
@@ -10,8 +11,14 @@ from nnunet_oneshot.trainers.base import OneShotTrainer
 class OneShotAtlasTrainer(OneShotTrainer):
     """nnU-Net's own training with the labelled case as its only training case; unlabelled images are not used.
 
-    Progress is watched on the atlas itself, so that no validation label is read.
+    Progress is watched on the atlas itself, so that no validation label is read. Mirroring is nnU-Net's too, unless the
+    plans list axes: what the other trainers do by default is decided from unlabelled images.
     """
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
+        if self.config.mirror_axes == "auto":
+            return nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size(self)
+        return super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         patch_size = self.configuration_manager.patch_size

@@ -14,6 +14,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_oneshot.checkpoints import saving_checkpoint
 from nnunet_oneshot.distillation.agreement import build_agreement_loss, mask_disagreement
 from nnunet_oneshot.distillation.features import decoder_features
+from nnunet_oneshot.distillation.posterior import posterior_target
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, save_teacher, teacher_file
 from nnunet_oneshot.trainers.base import CUDA
@@ -130,6 +131,9 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             "has_regions": self.label_manager.has_regions,
             "has_ignore": self.label_manager.has_ignore_label,
         }
+        target = posterior_target(
+            real, target, blur=settings.posterior_blur, strength=settings.posterior_strength, **options
+        )
         with self._autocast():
             prediction = None
             if self.current_epoch >= settings.agreement_start * self.num_epochs:

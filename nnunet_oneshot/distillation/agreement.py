@@ -64,16 +64,17 @@ def mask_disagreement(
         regions = target[:, :-1] if has_ignore else target
         ignored = target[:, -1:].bool() if has_ignore else torch.zeros_like(target[:, :1], dtype=torch.bool)
         if prediction is not None:
-            predicted = _nearest((prediction > 0).float(), target.shape[2:]) > 0.5
+            predicted = nearest((prediction > 0).float(), target.shape[2:]) > 0.5
             ignored = ignored | (predicted != regions.bool()).any(1, keepdim=True)
         return torch.cat([regions.bool(), ignored], dim=1)
     if prediction is None:
         return target
-    predicted = _nearest(prediction.argmax(1, keepdim=True).float(), target.shape[2:])
+    predicted = nearest(prediction.argmax(1, keepdim=True).float(), target.shape[2:])
     return torch.where(predicted == target, target, torch.full_like(target, num_heads))
 
 
-def _nearest(volume: Tensor, shape: torch.Size) -> Tensor:
+def nearest(volume: Tensor, shape: torch.Size) -> Tensor:
+    """(B, C, *spatial) at another resolution, by nearest neighbours; ``shape`` is the new spatial shape."""
     if volume.shape[2:] == shape:
         return volume
     return nn.functional.interpolate(volume, size=tuple(shape), mode="nearest-exact")

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_oneshot.config import BLOCK, OVERRIDES_VARIABLE, OneShotConfig
+from nnunet_oneshot.config import BLOCK, OneShotConfig, environment_overrides
 from nnunet_oneshot.data.atlas import check_labelled, resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.splits import resolve_fold
@@ -77,7 +76,7 @@ def run_benchmark(
         OneShotError: Something does not exist, ``out`` holds another benchmark, or runs failed (the others are done).
     """
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
-    overrides = merge_settings(_environment_overrides(), parse_settings(settings))
+    overrides = merge_settings(environment_overrides(), parse_settings(settings))
     config = _checked_config(prepared, overrides)
     labelled = labelled_cases(str(prepared.base), prepared.dataset_json, prepared.identifiers)
     chosen = _methods(methods, prepared, labelled, log)
@@ -223,11 +222,6 @@ def _checked_config(prepared: PreparedDataset, overrides: dict[str, Any]) -> One
     """The settings with overrides, checked as the trainers will check them."""
     merged = merge_settings(prepared.plans.get(BLOCK, {}), overrides)
     return OneShotConfig.from_plans({**prepared.plans, BLOCK: merged})
-
-
-def _environment_overrides() -> dict[str, Any]:
-    """Overrides that are set already; the runs' own are laid over them."""
-    return json.loads(os.environ.get(OVERRIDES_VARIABLE) or "{}")
 
 
 def _mean_dice(record: dict[str, Any]) -> float:

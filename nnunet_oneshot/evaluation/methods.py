@@ -59,7 +59,7 @@ _TRAINERS = {
     CEILING: "nnUNetTrainer",
 }
 METHODS = (*_PROPAGATED, *_TRAINERS)
-_STOCK_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 1000, 2000, 4000, 8000)
+_STOCK_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 750, 1000, 2000, 4000, 8000)
 
 
 def parse_method(text: str) -> Method:

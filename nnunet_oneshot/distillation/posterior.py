@@ -1,0 +1,179 @@
+"""Propagated labels corrected by the intensities of the image they were propagated to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunet_oneshot.distillation.agreement import nearest
+
+_BINS = 40
+_BIN_SMOOTHING = 1.5
+_IMAGE_SMOOTHING = 0.5
+_REACH = 4
+_ITERATIONS = 5
+_OUTER_SHARE = 0.005
+_FLOOR = 1e-3
+_CANDIDATES = 4
+
+
+def posterior_labels(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> Tensor:
+    r"""The most probable label of every voxel, given a propagated label map and the image itself.
+
+    A propagated label is right about which structures there are and wrong by a voxel or two about where they end. It
+    serves as prior, blurred by that uncertainty; the intensities of each label are learned from the same image by
+    expectation maximisation (after Van Leemput et al., IEEE TMI 18(10), 1999, with histograms for Gaussians):
+
+    .. math:: q_l(p) \propto \pi_l(p) \prod_c h_{l,c}(I_c(p))^{s / C},
+              \quad h_{l,c}(i) \propto \sum_p q_l(p) \, [I_c(p) \in \mathrm{bin}_i]
+
+    with the blurred prior :math:`\pi` and strength :math:`s`. Voxels farther than 4 from any foreground remain
+    background, so that only the surroundings of the structures count as what background looks like.
+
+    Args:
+        image: (B, C, *spatial), two or three spatial axes.
+        labels: (B, 1, *spatial) whole numbers >= 0, 0 is background.
+        blur: Standard deviation of the Gaussian that blurs the prior, voxels.
+        strength: The exponent s; 0 returns ``labels`` unchanged.
+
+    Returns:
+        Labels of the same shape and type. A label that a sample does not hold does not appear in it.
+    """
+    if strength == 0:
+        return labels
+    return torch.stack(
+        [
+            _posterior(i, own[0], blur=blur, strength=strength)[None]
+            for i, own in zip(image.float(), labels, strict=True)
+        ]
+    ).to(labels.dtype)
+
+
+def posterior_target(
+    image: Tensor,
+    target: Tensor | list[Tensor],
+    *,
+    num_heads: int,
+    has_regions: bool,
+    has_ignore: bool,
+    blur: float,
+    strength: float,
+) -> Tensor | list[Tensor]:
+    """`posterior_labels` for a target as nnU-Net's loaders give it.
+
+    Args:
+        image: (B, C, *spatial).
+        target: Labels (B, 1, *spatial), or regions (B, R, *spatial) of which each is treated by itself, with a last
+            channel for the dataset's own ignore label where it has one; a list of them, full resolution first, under
+            deep supervision. Ignored voxels remain ignored.
+        num_heads: Number of the network's outputs; for labels also the value of the ignore label.
+        has_regions: Whether heads are regions.
+        has_ignore: Whether regions come with that last channel.
+        blur: See `posterior_labels`.
+        strength: See `posterior_labels`.
+
+    Returns:
+        Of the same structure; the lower resolutions are nearest neighbours of the full one, as nnU-Net makes them.
+    """
+    if strength == 0:
+        return target
+    full = target[0] if isinstance(target, list) else target
+    if has_regions:
+        regions = full[:, :-1] if has_ignore else full
+        corrected = [posterior_labels(image, r[:, None], blur=blur, strength=strength) for r in regions.unbind(1)]
+        result = torch.cat(corrected + ([full[:, -1:]] if has_ignore else []), dim=1)
+    else:
+        ignored = full >= num_heads
+        labels = posterior_labels(image, full.masked_fill(ignored, 0), blur=blur, strength=strength)
+        result = torch.where(ignored, full, labels)
+    if isinstance(target, list):
+        return [nearest(result.float(), level.shape[2:]).to(level.dtype) for level in target]
+    return result
+
+
+def _posterior(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> Tensor:
+    """One sample: image (C, *spatial), labels (*spatial)."""
+    present = labels.unique()
+    if len(present) < 2:
+        return labels
+    pool = F.max_pool3d if labels.ndim == 3 else F.max_pool2d
+    band = pool((labels != 0)[None, None].float(), 2 * _REACH + 1, stride=1, padding=_REACH)[0, 0] > 0
+    # A blurred label map is sparse: of many labels few are possible at any one place.
+    prior, candidates = _blurred_indicators(labels, present, blur)[:, band].topk(min(_CANDIDATES, len(present)), dim=0)
+    bins = [_binned(channel[band]) for channel in _gaussian(image, _IMAGE_SMOOTHING)]
+    log_prior = prior.log()
+    posterior = prior
+    for _ in range(_ITERATIONS):
+        evidence = torch.zeros_like(prior)
+        for index in bins:
+            places = candidates * _BINS + index
+            counts = prior.new_zeros(len(present) * _BINS).index_add_(0, places.flatten(), posterior.flatten())
+            evidence += _histograms(counts.view(len(present), _BINS)).log().flatten()[places]
+        posterior = torch.softmax(log_prior + strength / len(bins) * evidence, dim=0)
+    result = torch.zeros_like(labels)
+    result[band] = present[candidates.gather(0, posterior.argmax(0, keepdim=True))[0]]
+    return result
+
+
+def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Tensor:
+    """Each label's indicator, blurred: (L, *spatial); computed in the box around the label."""
+    result = torch.zeros((len(present), *labels.shape), device=labels.device)
+    radius = math.ceil(3 * blur)
+    for index, label in enumerate(present):
+        indicator = labels == label
+        box = []
+        for axis in range(labels.ndim):
+            others = [other for other in range(labels.ndim) if other != axis]
+            where = indicator.any(others[-1]).any(others[0]) if len(others) == 2 else indicator.any(others[0])
+            filled = where.nonzero()
+            box.append(slice(max(0, int(filled[0]) - radius), int(filled[-1]) + radius + 1))
+        result[(index, *box)] = _gaussian(indicator[tuple(box)].float()[None], blur)[0]
+    return result
+
+
+def _binned(values: Tensor) -> Tensor:
+    """Number of the bin of each value (N,), between quantiles that leave out the outermost values."""
+    ordered = values.sort().values
+    outer = int(_OUTER_SHARE * (len(ordered) - 1))
+    low, high = ordered[outer], ordered[-1 - outer]
+    return ((values - low) / (high - low).clamp_min(1e-8) * _BINS).long().clamp(0, _BINS - 1)
+
+
+def _histograms(counts: Tensor) -> Tensor:
+    """Histograms (L, bins), smoothed, each with the sum 1 and above 0 everywhere."""
+    counts = _smooth(counts, _kernel(_BIN_SMOOTHING, counts), 0)
+    counts = counts + _FLOOR * counts.sum(1, keepdim=True).clamp_min(1e-8)
+    return counts / counts.sum(1, keepdim=True)
+
+
+def _gaussian(volumes: Tensor, deviation: float) -> Tensor:
+    """Separable Gaussian filter of (N, *spatial) volumes whose border voxels are repeated."""
+    if deviation == 0:
+        return volumes
+    kernel = _kernel(deviation, volumes)
+    for axis in range(volumes.ndim - 1):
+        volumes = _smooth(volumes, kernel, axis)
+    return volumes
+
+
+def _kernel(deviation: float, like: Tensor) -> Tensor:
+    radius = math.ceil(3 * deviation)
+    places = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
+    kernel = torch.exp(-0.5 * (places / deviation) ** 2)
+    return kernel / kernel.sum()
+
+
+def _smooth(volumes: Tensor, kernel: Tensor, axis: int) -> Tensor:
+    """Convolution of (N, *spatial) along one spatial axis; a sum of shifted copies, since kernels are short."""
+    size, radius = volumes.shape[axis + 1], len(kernel) // 2
+    first, last = volumes.narrow(axis + 1, 0, 1), volumes.narrow(axis + 1, size - 1, 1)
+    repeats = [1] * volumes.ndim
+    repeats[axis + 1] = radius
+    padded = torch.cat([first.repeat(repeats), volumes, last.repeat(repeats)], dim=axis + 1)
+    result = kernel[0] * padded.narrow(axis + 1, 0, size)
+    for offset in range(1, len(kernel)):
+        result.add_(padded.narrow(axis + 1, offset, size), alpha=float(kernel[offset]))
+    return result

@@ -100,14 +100,14 @@ class DistillationConfig:
         teacher_learning_rate: Initial learning rate of the teacher and of the projections (AdamW).
         corruption: Share of the real patch that is masked before the teacher sees it, so that it cannot copy its input.
         corruption_block: Edge of a masked block, voxels.
-        real_weight: Weight of the segmentation loss on real patches with propagated labels; 0 leaves it out, as the
-            paper does.
+        real_share: Share of the student's patches that are real ones, with propagated and corrected labels, rather
+            than synthetic; 0 has synthetic ones alone, as the paper does.
         posterior_strength: How far the intensities of the real patch correct its propagated labels; 0 leaves them as
             they are.
         posterior_blur: Standard deviation by which a propagated label is blurred before that, voxels: how far it may
             be wrong.
-        agreement_start: Share of the epochs after which that loss leaves out voxels where the averaged student does
-            not agree with the propagated label.
+        student_start: Share of the epochs after which the averaged student has a say in that correction.
+        student_share: Weight of its segmentation there, beside that of the propagated label.
         average_decay: Share of the averaged student that remains at each step.
     """
 
@@ -119,10 +119,11 @@ class DistillationConfig:
     teacher_learning_rate: float = 1e-3
     corruption: float = 0.0
     corruption_block: int = 8
-    real_weight: float = 1.0
+    real_share: float = 0.75
     posterior_strength: float = 0.5
     posterior_blur: float = 1.0
-    agreement_start: float = 0.3
+    student_start: float = 0.3
+    student_share: float = 0.5
     average_decay: float = 0.99
 
 
@@ -190,7 +191,9 @@ _PROBABILITIES = (
     "corruption",
     "unlabelled_fraction",
     "warmup_epochs",
-    "agreement_start",
+    "real_share",
+    "student_start",
+    "student_share",
     "average_decay",
 )
 _AT_LEAST_ONE = ("corruption_block", "levels")

@@ -12,7 +12,6 @@ from nnunetv2.utilities.helpers import dummy_context
 from torch._dynamo import OptimizedModule
 
 from nnunet_oneshot.checkpoints import saving_checkpoint
-from nnunet_oneshot.distillation.agreement import build_agreement_loss, mask_disagreement
 from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.posterior import posterior_target
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
@@ -26,8 +25,9 @@ _GRADIENT_NORM = 12  # nnU-Net's
 class OneShotDistillTrainer(OneShotSynthesisTrainer):
     """Reconstruction-guided distillation (arXiv 2408.03616).
 
-    The teacher reconstructs the real patch; the student segments the synthetic patch aligned with it and is drawn
-    towards the teacher's features. The checkpoints hold the student alone; the teacher lies in a file beside each.
+    The teacher reconstructs the real patch; the student segments the synthetic patch aligned with it, or the real patch
+    itself with the propagated label corrected by its intensities, and is drawn towards the teacher's features. The
+    checkpoints hold the student alone; the teacher lies in a file beside each.
     """
 
     def __init__(
@@ -49,14 +49,13 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.teacher_scheduler = PolyLRScheduler(
             self.teacher_optimizer, settings.teacher_learning_rate, self.num_epochs
         )
-        if settings.real_weight:
+        if settings.real_share:
             # After the optimiser is made: the average is not trained.
             self.distiller.follow(self._student())
-            self._agreement_loss = build_agreement_loss(
-                self.loss,
-                num_heads=self.label_manager.num_segmentation_heads,
-                has_regions=self.label_manager.has_regions,
-            )
+
+    @property
+    def real_share(self) -> float:
+        return self.config.distillation.real_share
 
     def on_train_start(self) -> None:
         if self._resumed_from is not None:
@@ -75,6 +74,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             target = [part.to(self.device, non_blocking=True) for part in target]
         else:
             target = target.to(self.device, non_blocking=True)
+        target = self._corrected(target, real, batch["from_real"])
         self.optimizer.zero_grad(set_to_none=True)
         self.teacher_optimizer.zero_grad(set_to_none=True)
         # One network after the other, so that the activations of only one are held.
@@ -86,18 +86,15 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             segmentation = self.loss(output, target)
             hint = self.distiller.hint(features, teacher_features, weight, hint_weight=self._hint_weight())
         self._scaled(segmentation + hint).backward()
-        agreement = self._learn_from_real(real, target)
         self._step()
-        losses = {"loss": segmentation, "hint": hint, "reconstruction": reconstruction, "agreement": agreement}
+        losses = {"loss": segmentation, "hint": hint, "reconstruction": reconstruction}
         return {name: value.detach().cpu().numpy() for name, value in losses.items()}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         super().on_train_epoch_end(train_outputs)
-        names = ("hint", "reconstruction", "agreement")
-        hint, reconstruction, agreement = (np.mean([o[name] for o in train_outputs]) for name in names)
+        hint, reconstruction = (np.mean([o[name] for o in train_outputs]) for name in ("hint", "reconstruction"))
         self.print_to_log_file(
-            f"hint {hint:.4f} (weight {self._hint_weight():.4f}), reconstruction {reconstruction:.4f}, "
-            f"real patches with propagated labels {agreement:.4f}"
+            f"hint {hint:.4f} (weight {self._hint_weight():.4f}), reconstruction {reconstruction:.4f}"
         )
 
     def on_train_end(self) -> None:
@@ -120,30 +117,36 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         # Validation needs no teacher: its file is read when training starts.
         self._resumed_from = filename_or_checkpoint
 
-    def _learn_from_real(self, real: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        """Backward pass of the loss on real patches with propagated labels, once the average agrees with them."""
+    def _corrected(self, target: torch.Tensor | list[torch.Tensor], real: torch.Tensor, from_real: torch.Tensor):
+        """The target with the labels of samples that show the real image corrected by its intensities.
+
+        The labels of synthetic samples are exact as they are.
+        """
         settings = self.config.distillation
-        if not settings.real_weight:
-            return real.new_zeros(())
-        averaged = self.distiller.averaged
-        options = {
-            "num_heads": self.label_manager.num_segmentation_heads,
-            "has_regions": self.label_manager.has_regions,
-            "has_ignore": self.label_manager.has_ignore_label,
-        }
-        target = posterior_target(
-            real, target, blur=settings.posterior_blur, strength=settings.posterior_strength, **options
-        )
-        with self._autocast():
-            prediction = None
-            if self.current_epoch >= settings.agreement_start * self.num_epochs:
-                with torch.no_grad():
-                    output = averaged(real)
-                prediction = output[0] if isinstance(output, list) else output
-            target = mask_disagreement(target, prediction, **options)
-            loss = self._agreement_loss(self.network(real), target)
-        self._scaled(settings.real_weight * loss).backward()
-        return loss
+        if not settings.posterior_strength or not from_real.any():
+            return target
+        chosen = from_real.to(self.device)
+        image, student = real[chosen], None
+        with torch.no_grad():
+            if self.current_epoch >= settings.student_start * self.num_epochs:
+                with self._autocast():
+                    output = self.distiller.averaged(image)
+                student = output[0] if isinstance(output, list) else output
+            levels = target if isinstance(target, list) else [target]
+            corrected = posterior_target(
+                image,
+                [level[chosen] for level in levels],
+                student,
+                num_heads=self.label_manager.num_segmentation_heads,
+                has_regions=self.label_manager.has_regions,
+                blur=settings.posterior_blur,
+                strength=settings.posterior_strength,
+                student_share=settings.student_share,
+            )
+            result = [level.clone() for level in levels]
+            for level, part in zip(result, corrected, strict=True):
+                level[chosen] = part
+        return result if isinstance(target, list) else result[0]
 
     def _student(self) -> torch.nn.Module:
         """The network itself, without the wrapper of ``torch.compile``."""
@@ -170,5 +173,5 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 optimizer.step()
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-        if self.config.distillation.real_weight:
+        if self.config.distillation.real_share:
             self.distiller.averaged.update_parameters(self._student())

@@ -11,4 +11,6 @@ class OneShotPropagationTrainer(WarpingTrainer):
     The images are real, and every error of a registration is an error of the label.
     """
 
-    source = "real"
+    @property
+    def real_share(self) -> float:
+        return 1.0

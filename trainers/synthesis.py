@@ -11,4 +11,6 @@ class OneShotSynthesisTrainer(WarpingTrainer):
     Label and image agree whatever the error of a registration; only the image is synthetic.
     """
 
-    source = "synthetic"
+    @property
+    def real_share(self) -> float:
+        return 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
 
 from nnunet_oneshot.registration.dataset import register_dataset
 from nnunet_oneshot.synthesis.data_loader import build_oneshot_loader
@@ -13,11 +12,13 @@ from nnunet_oneshot.trainers.base import OneShotTrainer
 class WarpingTrainer(OneShotTrainer):
     """Trains on patches of the atlas, warped to unlabelled cases; progress is judged on such patches too.
 
-    `source` says which image goes with the warped label: the warped atlas (``"synthetic"``) or the unlabelled case
-    itself (``"real"``).
+    `real_share` says which image goes with the warped label: the warped atlas (0), the unlabelled case itself (1), or
+    either with that probability.
     """
 
-    source: ClassVar[str]
+    @property
+    def real_share(self) -> float:
+        raise NotImplementedError
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         self.roles.require_unlabelled()
@@ -50,7 +51,7 @@ class WarpingTrainer(OneShotTrainer):
                 cases=self.roles.unlabelled,
                 initial_patch_size=initial_patch_size,
                 transforms=training,
-                source=self.source,
+                real_share=self.real_share,
                 augment=True,
                 seed=seeds[0],
             ),
@@ -58,7 +59,7 @@ class WarpingTrainer(OneShotTrainer):
                 cases=self.roles.progress,
                 initial_patch_size=patch_size,
                 transforms=validation,
-                source="synthetic",
+                real_share=0.0,
                 augment=False,
                 seed=seeds[1],
             ),

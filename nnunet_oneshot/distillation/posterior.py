@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_oneshot.distillation.agreement import nearest
-
 _BINS = 40
 _BIN_SMOOTHING = 1.5
 _IMAGE_SMOOTHING = 0.5
@@ -20,7 +18,15 @@ _FLOOR = 1e-3
 _CANDIDATES = 4
 
 
-def posterior_labels(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> Tensor:
+def posterior_labels(
+    image: Tensor,
+    labels: Tensor,
+    *,
+    blur: float,
+    strength: float,
+    student: Tensor | None = None,
+    student_share: float = 0.5,
+) -> Tensor:
     r"""The most probable label of every voxel, given a propagated label map and the image itself.
 
     A propagated label is right about which structures there are and wrong by a voxel or two about where they end. It
@@ -30,79 +36,90 @@ def posterior_labels(image: Tensor, labels: Tensor, *, blur: float, strength: fl
     .. math:: q_l(p) \propto \pi_l(p) \prod_c h_{l,c}(I_c(p))^{s / C},
               \quad h_{l,c}(i) \propto \sum_p q_l(p) \, [I_c(p) \in \mathrm{bin}_i]
 
-    with the blurred prior :math:`\pi` and strength :math:`s`. Voxels farther than 4 from any foreground remain
-    background, so that only the surroundings of the structures count as what background looks like.
+    with the blurred prior :math:`\pi`, into which a student's own segmentation can be mixed, and strength :math:`s`.
+    Voxels farther than 4 from any foreground remain background, so that only the surroundings of the structures count
+    as what background looks like.
 
     Args:
         image: (B, C, *spatial), two or three spatial axes.
         labels: (B, 1, *spatial) whole numbers >= 0, 0 is background.
         blur: Standard deviation of the Gaussian that blurs the prior, voxels.
         strength: The exponent s; 0 returns ``labels`` unchanged.
+        student: Probabilities (B, L, *spatial) that a student gives label 0, 1, ... L - 1, or None.
+        student_share: Their share in the prior.
 
     Returns:
         Labels of the same shape and type. A label that a sample does not hold does not appear in it.
     """
     if strength == 0:
         return labels
-    return torch.stack(
-        [
-            _posterior(i, own[0], blur=blur, strength=strength)[None]
-            for i, own in zip(image.float(), labels, strict=True)
-        ]
-    ).to(labels.dtype)
+    students = [None] * len(image) if student is None else student.float()
+    results = [
+        _posterior(own, label[0], other, blur=blur, strength=strength, student_share=student_share)
+        for own, label, other in zip(image.float(), labels, students, strict=True)
+    ]
+    return torch.stack(results)[:, None].to(labels.dtype)
 
 
 def posterior_target(
     image: Tensor,
     target: Tensor | list[Tensor],
+    student: Tensor | None = None,
     *,
     num_heads: int,
     has_regions: bool,
-    has_ignore: bool,
-    blur: float,
-    strength: float,
+    **options: float,
 ) -> Tensor | list[Tensor]:
     """`posterior_labels` for a target as nnU-Net's loaders give it.
 
     Args:
         image: (B, C, *spatial).
-        target: Labels (B, 1, *spatial), or regions (B, R, *spatial) of which each is treated by itself, with a last
-            channel for the dataset's own ignore label where it has one; a list of them, full resolution first, under
-            deep supervision. Ignored voxels remain ignored.
+        target: Labels (B, 1, *spatial), or regions (B, R, *spatial), each treated by itself, with one more channel
+            where the dataset has an ignore label; a list of them, full resolution first, under deep supervision.
+            Ignored voxels remain ignored.
+        student: Logits (B, num_heads, *spatial) of a student at full resolution, or None.
         num_heads: Number of the network's outputs; for labels also the value of the ignore label.
         has_regions: Whether heads are regions.
-        has_ignore: Whether regions come with that last channel.
-        blur: See `posterior_labels`.
-        strength: See `posterior_labels`.
+        options: ``blur``, ``strength`` and ``student_share`` of `posterior_labels`.
 
     Returns:
         Of the same structure; the lower resolutions are nearest neighbours of the full one, as nnU-Net makes them.
     """
-    if strength == 0:
-        return target
     full = target[0] if isinstance(target, list) else target
     if has_regions:
-        regions = full[:, :-1] if has_ignore else full
-        corrected = [posterior_labels(image, r[:, None], blur=blur, strength=strength) for r in regions.unbind(1)]
-        result = torch.cat(corrected + ([full[:, -1:]] if has_ignore else []), dim=1)
+        result = full.clone()
+        for region in range(num_heads):
+            own = None
+            if student is not None:
+                inside = student[:, region : region + 1].float().sigmoid()
+                own = torch.cat([1 - inside, inside], dim=1)
+            result[:, region : region + 1] = posterior_labels(
+                image, full[:, region : region + 1], student=own, **options
+            )
     else:
         ignored = full >= num_heads
-        labels = posterior_labels(image, full.masked_fill(ignored, 0), blur=blur, strength=strength)
+        own = None if student is None else student.float().softmax(1)
+        labels = posterior_labels(image, full.masked_fill(ignored, 0), student=own, **options)
         result = torch.where(ignored, full, labels)
     if isinstance(target, list):
-        return [nearest(result.float(), level.shape[2:]).to(level.dtype) for level in target]
+        return [_nearest(result, level.shape[2:]) for level in target]
     return result
 
 
-def _posterior(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> Tensor:
-    """One sample: image (C, *spatial), labels (*spatial)."""
+def _posterior(
+    image: Tensor, labels: Tensor, student: Tensor | None, *, blur: float, strength: float, student_share: float
+) -> Tensor:
+    """One sample: image (C, *spatial), labels (*spatial), student (L, *spatial) or None."""
     present = labels.unique()
     if len(present) < 2:
         return labels
     pool = F.max_pool3d if labels.ndim == 3 else F.max_pool2d
     band = pool((labels != 0)[None, None].float(), 2 * _REACH + 1, stride=1, padding=_REACH)[0, 0] > 0
-    # A blurred label map is sparse: of many labels few are possible at any one place.
-    prior, candidates = _blurred_indicators(labels, present, blur)[:, band].topk(min(_CANDIDATES, len(present)), dim=0)
+    possible = _blurred_indicators(labels, present, blur)[:, band]
+    if student is not None:
+        possible = torch.lerp(possible, student[present.long()][:, band], student_share)
+    # A label map is sparse: of many labels few are possible at any one place.
+    prior, candidates = possible.topk(min(_CANDIDATES, len(present)), dim=0)
     bins = [_binned(channel[band]) for channel in _gaussian(image, _IMAGE_SMOOTHING)]
     log_prior = prior.log()
     posterior = prior
@@ -132,6 +149,13 @@ def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Tensor:
             box.append(slice(max(0, int(filled[0]) - radius), int(filled[-1]) + radius + 1))
         result[(index, *box)] = _gaussian(indicator[tuple(box)].float()[None], blur)[0]
     return result
+
+
+def _nearest(volume: Tensor, shape: torch.Size) -> Tensor:
+    """(B, C, *spatial) at another resolution, by nearest neighbours."""
+    if volume.shape[2:] == shape:
+        return volume
+    return F.interpolate(volume.float(), size=tuple(shape), mode="nearest-exact").to(volume.dtype)
 
 
 def _binned(values: Tensor) -> Tensor:

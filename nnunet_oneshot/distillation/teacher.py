@@ -10,7 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_oneshot.config import DistillationConfig
-from nnunet_oneshot.distillation.agreement import average_of
+from nnunet_oneshot.distillation.averaging import average_of
 from nnunet_oneshot.distillation.features import decoder_features, feature_channels
 from nnunet_oneshot.distillation.functional import (
     global_cosine_hint,

@@ -48,7 +48,7 @@ class OneShotDataLoader(nnUNetDataLoader):
         label_manager: LabelManager,
         transforms: BasicTransform,
         config: OneShotConfig,
-        source: str,
+        real_share: float,
         augment: bool,
         oversample_foreground_percent: float,
         seed: int,
@@ -67,7 +67,7 @@ class OneShotDataLoader(nnUNetDataLoader):
         self.atlases = atlases
         self.registrations = registrations
         self.config = config
-        self.source = source
+        self.real_share = real_share
         self.augment = augment
         self.seed = seed
         self.pairs = sorted(registrations)
@@ -84,8 +84,8 @@ class OneShotDataLoader(nnUNetDataLoader):
 
         Returns:
             ``data`` (B, C, *patch) float32, ``target`` as nnU-Net's loader gives it, ``real`` (B, C, *patch) float32
-            aligned with ``data``, ``keys`` (the unlabelled cases), ``atlases``, and ``weight`` (B,) float32, the trust
-            in each registration.
+            aligned with ``data``, ``from_real`` (B,) bool, whether ``data`` shows the real image, ``keys`` (the
+            unlabelled cases), ``atlases``, and ``weight`` (B,) float32, the trust in each registration.
         """
         probabilities = self.pair_weights / self.pair_weights.sum()
         drawn = np.random.choice(len(self.pairs), self.batch_size, p=probabilities)
@@ -100,6 +100,7 @@ class OneShotDataLoader(nnUNetDataLoader):
             if isinstance(segs[0], list)
             else torch.stack(segs),
             "real": torch.stack([sample["regression_target"].float() for sample in samples]),
+            "from_real": torch.tensor([sample["from_real"] for sample in samples]),
             "keys": [self.pairs[pair][1] for pair in drawn],
             "atlases": [self.pairs[pair][0] for pair in drawn],
             "weight": torch.from_numpy(self.pair_weights[drawn].astype(np.float32)),
@@ -107,7 +108,10 @@ class OneShotDataLoader(nnUNetDataLoader):
 
     def _sample(self, atlas_name: str, case: str, foreground: bool) -> dict:
         atlas, registration = self.atlases[atlas_name], self.registrations[atlas_name, case]
-        augment = self.augment and self.source == "synthetic"
+        # Nothing is drawn where there is no choice, so that trainers of one source share their random numbers.
+        mixed = 0 < self.real_share < 1
+        from_real = np.random.uniform() < self.real_share if mixed else self.real_share == 1
+        augment = self.augment and not from_real
         deformation = draw_deformation(
             registration, lambda: self._other(atlas_name), self.config.synthesis, augment=augment
         )
@@ -119,11 +123,11 @@ class OneShotDataLoader(nnUNetDataLoader):
         patch = sample_patch(points, deformation, atlas, lambda box: data[(slice(None), *box)])
         if augment:
             patch = apply_appearance(patch, self.config.synthesis)
-        image = patch.synthetic if self.source == "synthetic" else patch.real.clone()
+        image = patch.real.clone() if from_real else patch.synthetic
         sample = {"image": image, "segmentation": patch.seg, "regression_target": patch.real}
         if self.patch_size_was_2d:
             sample = {name: volume[:, 0] for name, volume in sample.items()}
-        return self.transforms(**sample)
+        return {**self.transforms(**sample), "from_real": from_real}
 
     def _other(self, atlas_name: str) -> Registration:
         """The registration of the atlas to a random case."""
@@ -156,7 +160,7 @@ def build_oneshot_loader(
     label_manager: LabelManager,
     transforms: BasicTransform,
     config: OneShotConfig,
-    source: str,
+    real_share: float,
     augment: bool,
     oversample_foreground_percent: float,
     seed: int,
@@ -175,7 +179,7 @@ def build_oneshot_loader(
         label_manager: nnU-Net's.
         transforms: nnU-Net's training or validation transforms.
         config: Settings; ``config.synthesis`` says what is drawn.
-        source: ``"synthetic"``: data is the warped atlas. ``"real"``: data is the real image with the warped label.
+        real_share: Probability that data is the real image with the warped label rather than the warped atlas.
         augment: Whether deformation and appearance are varied.
         oversample_foreground_percent: Share of samples that must hold foreground, as in nnU-Net.
         seed: Seed of torch in the worker processes.
@@ -200,7 +204,7 @@ def build_oneshot_loader(
         label_manager=label_manager,
         transforms=transforms,
         config=config,
-        source=source,
+        real_share=real_share,
         augment=augment,
         oversample_foreground_percent=oversample_foreground_percent,
         seed=seed,

@@ -92,7 +92,7 @@ def test_the_type_of_the_labels_is_kept():
 
 
 def options(**changes):
-    return {"num_heads": 3, "has_regions": False, "has_ignore": False, "blur": 1.0, "strength": 1.0, **changes}
+    return {"num_heads": 3, "has_regions": False, "blur": 1.0, "strength": 1.0, **changes}
 
 
 def test_deep_supervision_gets_nearest_neighbours_of_the_corrected_labels():
@@ -116,14 +116,36 @@ def test_every_region_is_corrected_by_itself_and_the_ignore_channel_is_kept():
     inner, outer = block((20, 20, 20), (7, 6, 6), (13, 12, 12)), block((20, 20, 20), (4, 4, 4), (16, 16, 16))
     image = noisy(outer + 2 * block((20, 20, 20), (6, 6, 6), (12, 12, 12)))
     ignored = block((20, 20, 20), (18, 0, 0), (20, 20, 20))
-    found = posterior_target(
-        image, torch.cat([outer, inner, ignored], dim=1), **options(num_heads=2, has_regions=True, has_ignore=True)
-    )
+    found = posterior_target(image, torch.cat([outer, inner, ignored], dim=1), **options(num_heads=2, has_regions=True))
     assert torch.equal(found[:, :1], posterior_labels(image, outer, blur=1.0, strength=1.0))
     assert torch.equal(found[:, 1:2], posterior_labels(image, inner, blur=1.0, strength=1.0))
     assert torch.equal(found[:, 2:], ignored)
 
 
+def test_a_students_segmentation_moves_the_prior_where_intensities_say_nothing():
+    labels = block((16, 16, 16), (0, 0, 0), (16, 16, 7))
+    flat = torch.zeros(labels.shape)
+    certain = 20 * torch.cat(
+        [1 - block((16, 16, 16), (0, 0, 0), (16, 16, 9)), block((16, 16, 16), (0, 0, 0), (16, 16, 9))], 1
+    )
+    kept = posterior_target(flat, labels, certain, **options(num_heads=2, student_share=0.0))
+    moved = posterior_target(flat, labels, certain, **options(num_heads=2, student_share=1.0))
+    assert torch.equal(kept, labels)
+    assert torch.equal(moved, block((16, 16, 16), (0, 0, 0), (16, 16, 9)))
+
+
+def test_a_student_of_regions_speaks_for_each_region():
+    regions = torch.cat([block((16, 16), (0, 0), (16, 7)), block((16, 16), (0, 0), (16, 4))], dim=1)
+    logits = torch.where(
+        torch.cat([block((16, 16), (0, 0), (16, 8)), block((16, 16), (0, 0), (16, 3))], dim=1) > 0, 9.0, -9.0
+    )
+    found = posterior_target(
+        torch.zeros(1, 1, 16, 16), regions, logits, **options(num_heads=2, has_regions=True, student_share=1.0)
+    )
+    assert torch.equal(found > 0.5, logits > 0)
+
+
 def test_strength_zero_returns_the_target_as_it_is():
     target = [block((8, 8), (2, 2), (6, 6))]
-    assert posterior_target(torch.zeros(1, 1, 8, 8), target, **options(strength=0)) is target
+    (found,) = posterior_target(torch.zeros(1, 1, 8, 8), target, **options(strength=0))
+    assert torch.equal(found, target[0])

@@ -112,7 +112,14 @@ class StubLoader:
         else:
             targets = torch.stack(segs)
         keys = list(self.arguments["cases"][:1]) * number
-        return {"data": data, "target": targets, "real": data.flip(2), "weight": torch.ones(number), "keys": keys}
+        return {
+            "data": data,
+            "target": targets,
+            "real": data.flip(2),
+            "from_real": torch.arange(number) % 2 < self.arguments["real_share"],
+            "weight": torch.ones(number),
+            "keys": keys,
+        }
 
 
 @pytest.fixture

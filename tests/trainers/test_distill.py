@@ -32,7 +32,7 @@ def test_step_moves_student_teacher_and_projections(trainer):
     parts = (trainer.network, trainer.distiller.teacher, trainer.distiller.projections)
     before = copies(*parts)
     losses = trainer.train_step(next(loader))
-    assert set(losses) == {"loss", "hint", "reconstruction", "agreement"}
+    assert set(losses) == {"loss", "hint", "reconstruction"}
     assert all(not torch.equal(a, b) for a, b in zip(before, copies(*parts), strict=True))
 
 
@@ -73,7 +73,7 @@ def test_without_hint_and_real_patches_the_student_is_that_of_synthesis(prepare,
     dataset = prepare()
     weights = []
     for name in ("OneShotSynthesisTrainer_1epoch", "OneShotDistillTrainer_1epoch"):
-        settings = {"hint": "none", "real_weight": 0.0}
+        settings = {"hint": "none", "real_share": 0.0}
         trainer = make_trainer(dataset, name, edit=lambda p, s=settings: p["oneshot"]["distillation"].update(s))
         trainer.run_training()
         weights.append(copies(trainer.network)[0])

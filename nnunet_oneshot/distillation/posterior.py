@@ -113,14 +113,13 @@ def _posterior(
     present = labels.unique()
     if len(present) < 2:
         return labels
-    pool = F.max_pool3d if labels.ndim == 3 else F.max_pool2d
-    band = pool((labels != 0)[None, None].float(), 2 * _REACH + 1, stride=1, padding=_REACH)[0, 0] > 0
-    possible = _blurred_indicators(labels, present, blur)[:, band]
+    band = _dilated(labels != 0).flatten().nonzero()[:, 0]
+    possible = _blurred_indicators(labels, present, blur).flatten(1).index_select(1, band)
     if student is not None:
-        possible = torch.lerp(possible, student[present.long()][:, band], student_share)
-    # A label map is sparse: of many labels few are possible at any one place.
-    prior, candidates = possible.topk(min(_CANDIDATES, len(present)), dim=0)
-    bins = [_binned(channel[band]) for channel in _gaussian(image, _IMAGE_SMOOTHING)]
+        own = student.index_select(0, present.long()).flatten(1).index_select(1, band)
+        possible = torch.lerp(possible, own, student_share)
+    prior, candidates = _largest(possible, min(_CANDIDATES, len(present)))
+    bins = [_binned(channel[band]) for channel in _gaussian(image, _IMAGE_SMOOTHING).flatten(1)]
     log_prior = prior.log()
     posterior = prior
     for _ in range(_ITERATIONS):
@@ -130,9 +129,33 @@ def _posterior(
             counts = prior.new_zeros(len(present) * _BINS).index_add_(0, places.flatten(), posterior.flatten())
             evidence += _histograms(counts.view(len(present), _BINS)).log().flatten()[places]
         posterior = torch.softmax(log_prior + strength / len(bins) * evidence, dim=0)
-    result = torch.zeros_like(labels)
+    result = torch.zeros_like(labels).flatten()
     result[band] = present[candidates.gather(0, posterior.argmax(0, keepdim=True))[0]]
-    return result
+    return result.view(labels.shape)
+
+
+def _dilated(mask: Tensor) -> Tensor:
+    """A mask (*spatial) grown by `_REACH` voxels along every axis, one axis after the other."""
+    result = mask.float()
+    for axis in range(mask.ndim):
+        lines = result.movedim(axis, -1)
+        grown = F.max_pool1d(lines.reshape(-1, 1, lines.shape[-1]), 2 * _REACH + 1, stride=1, padding=_REACH)
+        result = grown.view(lines.shape).movedim(-1, axis)
+    return result > 0
+
+
+def _largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The largest of (L, N) values in each column and their rows, (number, N) each, in falling order.
+
+    A label map is sparse, so that of many labels few are possible at any one place; ``topk`` is several times slower.
+    """
+    values = values.clone()
+    found = []
+    for _ in range(number):
+        largest = values.max(0, keepdim=True)
+        values.scatter_(0, largest.indices, -1.0)
+        found.append(largest)
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Tensor:

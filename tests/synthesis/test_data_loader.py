@@ -1,0 +1,127 @@
+"""Batches of the one-shot loader: what they hold, which image they show, and that a seed decides them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from scipy.ndimage import gaussian_filter
+
+from nnunet_oneshot.config import OneShotConfig, SynthesisConfig
+from nnunet_oneshot.registration.cache import Registration
+from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader
+from nnunet_oneshot.synthesis.functional import random_velocity
+from nnunet_oneshot.synthesis.sampler import Atlas
+
+SHAPE = (20, 22, 18)
+PATCH = (12, 14, 10)
+CASES = ("c0", "c1", "c2")
+
+
+def smooth(seed):
+    image = gaussian_filter(np.random.default_rng(seed).standard_normal(SHAPE), 2)
+    return (image / image.std())[None].astype(np.float32)
+
+
+class Images:
+    """Unlabelled cases whose labels cannot be asked for."""
+
+    identifiers = list(CASES)
+
+    def load_case(self, identifier):
+        return smooth(1 + CASES.index(identifier)), None, None, {}
+
+
+def registration(case, quality=0.5):
+    rng = np.random.default_rng(CASES.index(case))
+    velocity = random_velocity((10, 11, 9), SHAPE, magnitude=0.8, smoothness=5, rng=rng)
+    return Registration("a", case, np.eye(4), velocity.numpy(), SHAPE, SHAPE, {"similarity_after": quality})
+
+
+def loader(real_share=0.0, *, augment=True, transforms=(), batch_size=2, **synthesis):
+    seg = np.digitize(smooth(0), (0.0, 0.6)).astype(np.int16)
+    places = {label: np.argwhere(seg == label) for label in (1, 2)}
+    return OneShotDataLoader(
+        Images(),
+        {"a": Atlas(torch.from_numpy(smooth(0)), torch.from_numpy(seg), places)},
+        {("a", case): registration(case) for case in CASES},
+        batch_size=batch_size,
+        initial_patch_size=PATCH,
+        patch_size=PATCH,
+        label_manager=LabelManager({"background": 0, "low": 1, "high": 2}, None),
+        transforms=ComposeTransforms([RemoveLabelTansform(-1, 0), *transforms]),
+        config=OneShotConfig(synthesis=replace(SynthesisConfig(), **synthesis)),
+        real_share=real_share,
+        augment=augment,
+        oversample_foreground_percent=0.33,
+        seed=0,
+    )
+
+
+def batch(seed=0, **arguments):
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return loader(**arguments).generate_train_batch()
+
+
+def test_a_batch_holds_aligned_patches_and_says_where_they_come_from():
+    found = batch(batch_size=3)
+    assert found["data"].shape == found["real"].shape == found["target"].shape == (3, 1, *PATCH)
+    assert set(found["target"].unique().tolist()) <= {0, 1, 2}
+    assert set(found["keys"]) <= set(CASES)
+    assert found["atlases"] == ["a"] * 3
+    assert found["weight"].shape == (3,)
+    assert not found["from_real"].any()
+
+
+def test_the_whole_share_shows_the_real_images_as_they_are_registered():
+    found = batch(real_share=1.0)
+    assert found["from_real"].all()
+    assert torch.equal(found["data"], found["real"])
+    other = batch(real_share=1.0, p_scale=1.0, p_mix=1.0, p_random=1.0, p_appearance=1.0)
+    assert torch.equal(found["data"], other["data"])
+    assert torch.equal(found["target"], other["target"])
+
+
+def test_a_share_between_mixes_both_within_a_batch():
+    found = batch(real_share=0.5, batch_size=40)
+    assert 10 <= found["from_real"].sum() <= 30
+    same = (found["data"] == found["real"]).flatten(1).all(1)
+    assert torch.equal(same, found["from_real"])
+
+
+def test_appearance_changes_the_synthetic_patch_alone():
+    still = {"p_scale": 0.0, "p_mix": 0.0, "p_random": 0.0, "batch_size": 1}
+    plain = batch(p_appearance=0.0, **still)
+    changed = batch(p_appearance=1.0, appearance_strength=(1.0, 1.0), **still)
+    assert torch.equal(plain["real"], changed["real"])
+    assert torch.equal(plain["target"], changed["target"])
+    assert not torch.equal(plain["data"], changed["data"])
+
+
+@pytest.mark.parametrize("real_share", [0.0, 0.5, 1.0])
+def test_a_seed_decides_the_batch(real_share):
+    first, again, other = (batch(seed, real_share=real_share) for seed in (3, 3, 4))
+    assert torch.equal(first["data"], again["data"])
+    assert torch.equal(first["target"], again["target"])
+    assert not torch.equal(first["data"], other["data"])
+
+
+def test_deep_supervision_gives_a_target_for_each_scale():
+    found = batch(transforms=[DownsampleSegForDSTransform([1, 0.5])])
+    assert [tuple(level.shape) for level in found["target"]] == [(2, 1, *PATCH), (2, 1, 6, 7, 5)]
+
+
+def test_a_pair_of_weight_zero_is_never_drawn():
+    own = loader(batch_size=30)
+    own.pair_weights = np.array([1.0, 0.0, 1.0])
+    np.random.seed(0)
+    found = own.generate_train_batch()
+    assert set(found["keys"]) == {"c0", "c2"}
+    assert (found["weight"] == 1).all()

@@ -24,6 +24,28 @@ def _fold(text: str) -> str:
     return text
 
 
+def _add_dataset(parser: argparse.ArgumentParser, configuration: str | None = None) -> None:
+    """-d, -c and -p as nnU-Net names them; -c is required where it has no default."""
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
+    default = "such as 3d_fullres" if configuration is None else f"default: {configuration}"
+    parser.add_argument(
+        "-c",
+        required=configuration is None,
+        default=configuration,
+        metavar="CONFIGURATION",
+        help=f"configuration ({default})",
+    )
+    parser.add_argument(
+        "-p", default="nnUNetOneShotPlans", metavar="PLANS", help="name of the plans (default: %(default)s)"
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "-device", "--device", default="cpu", help=f"where {what}: cpu, cuda or mps (default: %(default)s)"
+    )
+
+
 def _benchmark(options: argparse.Namespace) -> None:
     from nnunet_oneshot.evaluation.benchmark import run_benchmark
 
@@ -49,7 +71,7 @@ def _add_benchmark(subparsers: argparse._SubParsersAction) -> None:
         description="Runs methods through nnU-Net's own training and evaluation and writes results.json, summary.csv, "
         "summary.md and figures. What is finished is skipped when the command is given again.",
     )
-    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
+    _add_dataset(parser, configuration="3d_fullres")
     parser.add_argument("-o", required=True, metavar="OUT", help="folder of the benchmark")
     parser.add_argument("--atlas", nargs="+", metavar="CASE", help="atlases, each for its own runs (default: chosen)")
     parser.add_argument(
@@ -63,13 +85,11 @@ def _add_benchmark(subparsers: argparse._SubParsersAction) -> None:
         help="affine registration syn nnunet-atlas propagation synthesis distill nnunet-full, or one of them with "
         "other settings: distill:distillation.hint=none,unlabelled_fraction=0.2 (default: all that can run)",
     )
-    parser.add_argument("-p", default="nnUNetOneShotPlans", metavar="PLANS", help="plans (default: nnUNetOneShotPlans)")
-    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="configuration (default: 3d_fullres)")
     parser.add_argument("--epochs", type=int, metavar="N", help="length of every training, 250 iterations an epoch")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the oneshot block for all methods"
     )
-    parser.add_argument("-device", "--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    _add_device(parser, "the networks are trained")
     parser.set_defaults(run=_benchmark)
 
 
@@ -133,9 +153,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         description="Writes a trained model under the name of stock nnU-Net's trainer, for use where this package is "
         "not installed, and checks that it predicts what the original predicts.",
     )
-    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
-    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
-    parser.add_argument("-p", required=True, metavar="PLANS", help="name of the plans")
+    _add_dataset(parser)
     parser.add_argument("-tr", required=True, metavar="TRAINER", help="the trainer the model was trained with")
     parser.add_argument(
         "-f", nargs="+", type=_fold, metavar="FOLD", help="folds to export (default: every finished one)"
@@ -147,7 +165,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
         help="the model folder to make, or a .zip for nnUNetv2_install_pretrained_model_from_zip",
     )
     parser.add_argument("-i", metavar="FOLDER", help="images on which both models are compared (default: generated)")
-    parser.add_argument("-device", "--device", default="cpu", help="where the comparison runs (default: cpu)")
+    _add_device(parser, "the comparison runs")
     parser.set_defaults(run=_export)
 
 
@@ -234,9 +252,7 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
         description="Registers the atlas to the validation cases of a fold (scored where they have labels) or to new "
         "images, and writes the warped labels in the original grid of each image.",
     )
-    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
-    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
-    parser.add_argument("-p", required=True, metavar="PLANS", help="name of the plans")
+    _add_dataset(parser)
     parser.add_argument(
         "-f", type=_fold, default="0", metavar="FOLD", help="whose atlas and validation cases (default: 0)"
     )
@@ -248,7 +264,7 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
         default="registration",
         help="registration of this package, its affine stage alone, or ANTs SyN (default: registration)",
     )
-    parser.add_argument("-device", "--device", default="cpu", help="where the registration runs (default: cpu)")
+    _add_device(parser, "the registration runs")
     parser.set_defaults(run=_propagate)
 
 
@@ -272,13 +288,9 @@ def _add_register(subparsers: argparse._SubParsersAction) -> None:
         description="Registers the atlas of each fold to all other cases from images alone. Results are kept beside "
         "the preprocessed data and resumed after an interruption; training uses them, and computes what is missing.",
     )
-    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset number or name")
-    parser.add_argument("-c", required=True, metavar="CONFIGURATION", help="configuration, such as 3d_fullres")
-    parser.add_argument(
-        "-p", default="nnUNetOneShotPlans", metavar="PLANS", help="name of the plans (default: %(default)s)"
-    )
+    _add_dataset(parser)
     parser.add_argument("-f", nargs="+", type=_fold, default=["0"], metavar="FOLD", help="folds (default: 0)")
-    parser.add_argument("-device", "--device", default="cpu", help="where the deformable stage runs (default: cpu)")
+    _add_device(parser, "the deformable stage runs")
     parser.add_argument("--no_figures", action="store_true", help="draw no pictures")
     parser.set_defaults(run=_register)
 
@@ -316,7 +328,7 @@ def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
         default="lncc",
         help="what is maximised; mind or nmi for images of different contrast (default: lncc)",
     )
-    parser.add_argument("-device", "--device", default="cpu", help="where the deformable stage runs (default: cpu)")
+    _add_device(parser, "the deformable stage runs")
     parser.set_defaults(run=_register_pair)
 
 

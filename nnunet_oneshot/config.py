@@ -120,7 +120,7 @@ class DistillationConfig:
     corruption: float = 0.0
     corruption_block: int = 8
     real_share: float = 0.75
-    posterior_strength: float = 0.5
+    posterior_strength: float = 0.6
     posterior_blur: float = 1.0
     student_start: float = 0.3
     student_share: float = 0.5

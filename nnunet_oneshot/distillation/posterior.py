@@ -16,6 +16,9 @@ _ITERATIONS = 5
 _OUTER_SHARE = 0.005
 _FLOOR = 1e-3
 _CANDIDATES = 4
+_CELL = 4
+_SURROUNDINGS = 8.0
+_WHOLE_SHARE = 0.2
 
 
 def posterior_labels(
@@ -120,6 +123,8 @@ def _posterior(
         possible = torch.lerp(possible, own, student_share)
     prior, candidates = _largest(possible, min(_CANDIDATES, len(present)))
     bins = [_binned(channel[band]) for channel in _gaussian(image, _IMAGE_SMOOTHING).flatten(1)]
+    cells, grid = _cells(band, labels.shape)
+    background = candidates == (present == 0).nonzero()[0] if bool((present == 0).any()) else None
     log_prior = prior.log()
     posterior = prior
     for _ in range(_ITERATIONS):
@@ -127,7 +132,11 @@ def _posterior(
         for index in bins:
             places = candidates * _BINS + index
             counts = prior.new_zeros(len(present) * _BINS).index_add_(0, places.flatten(), posterior.flatten())
-            evidence += _histograms(counts.view(len(present), _BINS)).log().flatten()[places]
+            found = _histograms(counts.view(len(present), _BINS)).log().flatten()[places]
+            if background is not None:
+                own = _local_histograms((posterior * background).sum(0), index, cells, grid).log()
+                found = torch.where(background, own, found)
+            evidence += found
         posterior = torch.softmax(log_prior + strength / len(bins) * evidence, dim=0)
     result = torch.zeros_like(labels).flatten()
     result[band] = present[candidates.gather(0, posterior.argmax(0, keepdim=True))[0]]
@@ -194,6 +203,32 @@ def _histograms(counts: Tensor) -> Tensor:
     counts = _smooth(counts, _kernel(_BIN_SMOOTHING, counts), 0)
     counts = counts + _FLOOR * counts.sum(1, keepdim=True).clamp_min(1e-8)
     return counts / counts.sum(1, keepdim=True)
+
+
+def _cells(band: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, ...]]:
+    """The cell of `_CELL` voxels an edge in which each voxel of the band lies, and the shape of the grid of cells."""
+    grid = tuple(-(-size // _CELL) for size in shape)
+    cells, rest = torch.zeros_like(band), band
+    stride = 1
+    for size, count in zip(reversed(shape), reversed(grid), strict=True):
+        cells = cells + (rest % size) // _CELL * stride
+        rest, stride = rest // size, stride * count
+    return cells, grid
+
+
+def _local_histograms(weights: Tensor, index: Tensor, cells: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Probability of each voxel's own bin in the histogram of its surroundings: (N,), above 0.
+
+    What lies beside a structure differs from side to side, so that the background needs a histogram for each place;
+    where it holds little background, that of the whole band takes its part.
+    """
+    counts = weights.new_zeros(math.prod(grid) * _BINS).index_add_(0, cells * _BINS + index, weights)
+    counts = counts.view(-1, _BINS)
+    around = _gaussian(counts.T.reshape(_BINS, *grid), _SURROUNDINGS / _CELL).flatten(1).T
+    amount = around.sum(1, keepdim=True)
+    whole = counts.sum(0) / counts.sum().clamp_min(1e-8)
+    found = _histograms(around + _WHOLE_SHARE * amount.max() * whole)
+    return found.flatten()[cells * _BINS + index]
 
 
 def _gaussian(volumes: Tensor, deviation: float) -> Tensor:

@@ -1,0 +1,365 @@
+"""Compares registration methods on the same pairs: ``python -m nnunet_oneshot.evaluation.registration_benchmark``.
+
+OUT/settings.json   what is compared; a later call must agree
+OUT/pairs.jsonl     one line a method and pair, written when it is measured; a later call measures only what is missing
+OUT/summary.json  summary.md   see `nnunet_oneshot.evaluation.registration_summary`
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.data.atlas import check_labelled, resolve_atlases
+from nnunet_oneshot.data.labelled import labelled_cases
+from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation.metrics import score_segmentation
+from nnunet_oneshot.evaluation.prepared import PreparedDataset
+from nnunet_oneshot.evaluation.registration_summary import summarise, summary_markdown
+from nnunet_oneshot.evaluation.registration_worker import METHODS, SYN, Worker
+from nnunet_oneshot.evaluation.runs import versions
+from nnunet_oneshot.evaluation.syn import require_ants
+from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.registration.functional import folding, identity_grid
+from nnunet_oneshot.registration.warp import sample_labels
+
+_MODULE = "nnunet_oneshot.evaluation.registration_benchmark"
+SETTINGS, PAIRS = "settings.json", "pairs.jsonl"
+
+
+def benchmark_registration(
+    *,
+    dataset: str,
+    out: str | Path,
+    plans_name: str = "nnUNetOneShotPlans",
+    configuration: str = "3d_fullres",
+    atlases: Sequence[str] | None = None,
+    cases: int | None = None,
+    fold: str = "0",
+    methods: Sequence[str] = METHODS,
+    threads: int = 1,
+    device: str = "cpu",
+    command: str = "",
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Registers atlases to labelled cases with every method, pair by pair, and scores the warped labels.
+
+    The methods take turns on each pair, so that another load of the machine meets all of them alike.
+
+    Args:
+        dataset: Name or number of a dataset that is planned and preprocessed.
+        out: The benchmark's folder; one of the same settings is continued.
+        plans_name: Whose preprocessed images are registered, and whose ``oneshot`` block holds our settings. A
+            registration by network is replaced by the optimisation of each pair.
+        configuration: Such as ``3d_fullres``.
+        atlases: Labelled cases; None is the program's choice for the fold. An atlas is not registered to itself.
+        cases: Number of labelled cases, drawn with the plans' seed, that each atlas is registered to; None is the
+            labelled validation cases of the fold.
+        fold: A fold's number.
+        methods: Of `METHODS`. Those of ANTs are left out, with a message, where antspyx is missing.
+        threads: Of each method.
+        device: Where our deformable stage runs.
+        command: The command line, for the summary.
+        log: Receives each line that is shown.
+
+    Returns:
+        The content of ``summary.json``, over the pairs of earlier calls too.
+
+    Raises:
+        OneShotError: Something does not exist, ``out`` holds something else, or a method failed on pairs (all others
+            are measured and summarised).
+    """
+    if threads < 1:
+        raise OneShotError(f"--threads is {threads}: give a number of threads from 1.")
+    prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
+    config = OneShotConfig.from_plans(prepared.plans)
+    registration = dataclasses.replace(config.registration, method="refine")
+    chosen = available_methods(methods, log)
+    pairs = choose_pairs(prepared, config, atlases=atlases, cases=cases, fold=fold, log=log)
+    settings = {
+        "dataset": prepared.name,
+        "plans": plans_name,
+        "configuration": configuration,
+        "threads": threads,
+        "device": device,
+        "seed": config.seed,
+        "registration": json.loads(json.dumps(dataclasses.asdict(registration))),
+        "versions": {**versions(), "SimpleITK": version("SimpleITK")},
+    }
+    out = Path(out).absolute()
+    _claim(out, settings)
+    finished = {(row["method"], row["atlas"], row["case"]) for row in read_pairs(out)}
+    workers: dict[str, Worker] = {}
+    failures = []
+    try:
+        for number, (atlas, case) in enumerate(pairs, start=1):
+            missing = [method for method in chosen if (method, atlas, case) not in finished]
+            if not missing:
+                continue
+            pair = _Pair.load(prepared, atlas, case)
+            for method in missing:
+                heading = f"[{number}/{len(pairs)}] {atlas} to {case}, {method}"
+                try:
+                    if method not in workers or not workers[method].alive:
+                        workers[method] = Worker(
+                            method, config=registration, seed=config.seed, threads=threads, device=device
+                        )
+                    row = {"method": method, "atlas": atlas, "case": case, **pair.measure(workers[method])}
+                except OneShotError as error:
+                    log(f"{heading}: failed: {error}")
+                    failures.append(f"{method} on {atlas} to {case}")
+                    continue
+                with writing(out / PAIRS), open(out / PAIRS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                dice = "nothing to score" if row["dice"] is None else f"Dice {row['dice']:.4f}"
+                log(f"{heading}: {dice}, {row['seconds']:.1f} s, {row['peak_memory_mb']} MiB")
+    finally:
+        for worker in workers.values():
+            worker.close()
+    rows = read_pairs(out)
+    summary = {}
+    if rows:
+        summary = {**settings, "command": command, **summarise(rows)}
+        save_json_atomic(summary, out / "summary.json")
+        _write_text(out / "summary.md", summary_markdown(summary))
+        log(f"Wrote {out / 'summary.md'} and summary.json")
+    if failures:
+        raise OneShotError(
+            f"{len(failures)} registrations failed: {'; '.join(failures)}. Their messages are above; the same command "
+            f"measures only what is missing."
+        )
+    return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """An atlas and a case, loaded.
+
+    Attributes:
+        case: Image (C, U, V, W) and 3 voxel edges, mm.
+        atlas: Image (C, X, Y, Z) and 3 voxel edges, mm.
+        case_segmentation: (1, U, V, W).
+        atlas_segmentation: (1, X, Y, Z).
+        labels: Name to value or values of the labels and regions that the atlas shows.
+        ignore_label: Voxels of the case with this value are not scored.
+    """
+
+    case: tuple[np.ndarray, Sequence[float]]
+    atlas: tuple[np.ndarray, Sequence[float]]
+    case_segmentation: np.ndarray
+    atlas_segmentation: np.ndarray
+    labels: Mapping[str, Any]
+    ignore_label: int | None
+
+    @classmethod
+    def load(cls, prepared: PreparedDataset, atlas: str, case: str) -> _Pair:
+        segmentation = prepared.segmentation(atlas)
+        return cls(
+            *((prepared.image(name), prepared.spacing(prepared.properties(name))) for name in (case, atlas)),
+            prepared.segmentation(case),
+            segmentation,
+            {name: value for name, value in prepared.score_labels().items() if np.isin(segmentation, value).any()},
+            prepared.label_manager.ignore_label,
+        )
+
+    def measure(self, worker: Worker) -> dict[str, Any]:
+        """What one line of ``pairs.jsonl`` holds: scores, folding, time and memory."""
+        found = worker.measure(self.case, self.atlas)
+        places = torch.from_numpy(found.pop("places"))
+        segmentation = torch.from_numpy(np.ascontiguousarray(self.atlas_segmentation, dtype=np.int16))
+        scores = score_segmentation(
+            sample_labels(segmentation, places)[0].numpy(),
+            self.case_segmentation[0],
+            labels=self.labels,
+            spacing=self.case[1],
+            ignore_label=self.ignore_label,
+        )
+        dice, hd95 = ({name: getattr(score, metric) for name, score in scores.items()} for metric in ("dice", "hd95"))
+        return {
+            "dice": _mean(dice.values()),
+            "hd95": _mean(hd95.values()),
+            "folding": folded_share(places),
+            **found,
+            "dice_per_label": {name: _number(value) for name, value in dice.items()},
+            "hd95_per_label": {name: _number(value) for name, value in hd95.items()},
+        }
+
+
+def folded_share(places: torch.Tensor) -> float:
+    """Share of a case's voxels at which the map to the atlas has a Jacobian determinant <= 0 (central differences).
+
+    The map holds the affine part, whose determinant is positive, so that the sign is that of the deformation.
+
+    Args:
+        places: (3, U, V, W), atlas voxel coordinates; one slice along the first axis is taken in 2D.
+    """
+    if places.shape[1] == 1:
+        places = places[1:, 0]
+    return round(float(folding((places - identity_grid(places.shape[1:]))[None])), 8)
+
+
+def available_methods(methods: Sequence[str], log: Callable[[str], None]) -> list[str]:
+    """The methods in the order of `METHODS`, those of ANTs left out with a message where antspyx is missing.
+
+    Raises:
+        OneShotError: A method is not known, or none is left.
+    """
+    unknown = sorted(set(methods) - set(METHODS))
+    if unknown:
+        raise OneShotError(f"Methods {', '.join(unknown)} are not known: choose of {', '.join(METHODS)}.")
+    chosen = [method for method in METHODS if method in methods]
+    if set(chosen) & set(SYN):
+        try:
+            require_ants()
+        except OneShotError as error:
+            log(f"Left out: {', '.join(m for m in chosen if m in SYN)}. {error}")
+            chosen = [method for method in chosen if method not in SYN]
+    if not chosen:
+        raise OneShotError(f"No method is left to be measured: choose others of {', '.join(METHODS)} with --methods.")
+    return chosen
+
+
+def choose_pairs(
+    prepared: PreparedDataset,
+    config: OneShotConfig,
+    *,
+    atlases: Sequence[str] | None,
+    cases: int | None,
+    fold: str,
+    log: Callable[[str], None],
+) -> list[tuple[str, str]]:
+    """(atlas, case) of every registration; see `benchmark_registration`.
+
+    Raises:
+        OneShotError: An atlas has no label, or there is no labelled case to score.
+    """
+    base, identifiers = str(prepared.base), prepared.identifiers
+    labelled = labelled_cases(base, prepared.dataset_json, identifiers)
+    train, validation = resolve_fold(base, identifiers, labelled, int(fold))
+    if atlases:
+        check_labelled(atlases, identifiers, labelled, "given with --atlas")
+    else:
+        choice = resolve_atlases(base, config, train, validation, labelled, int(fold), prepared.image)
+        log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
+        atlases = choice.atlases
+    if cases is None:
+        candidates, where = [case for case in validation if case in labelled], f"fold {fold} of {prepared.name}"
+    else:
+        candidates, where = np.random.default_rng(config.seed).permutation(labelled).tolist(), prepared.name
+    pairs = [
+        (atlas, case)
+        for atlas in dict.fromkeys(atlases)
+        for case in [case for case in candidates if case != atlas][: len(candidates) if cases is None else cases]
+    ]
+    if not pairs:
+        raise OneShotError(
+            f"There is no labelled case beside the atlas in {where} to score, or --cases is {cases}: choose another "
+            f"fold with --fold, give --cases a number from 1, or add labels."
+        )
+    return pairs
+
+
+def read_pairs(out: Path) -> list[dict[str, Any]]:
+    """The lines of ``pairs.jsonl``; one that an interruption left unfinished is removed from the file.
+
+    Raises:
+        OneShotError: Another line than the last is damaged.
+    """
+    path = out / PAIRS
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines = lines[:-1]
+        _write_text(path, "".join(lines))
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise OneShotError(
+            f"{path} has a line that is not JSON ({error}): remove that line, and it is measured again."
+        ) from error
+
+
+def _claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Marks ``out`` with what is compared, or checks that it is the same comparison."""
+    path = out / SETTINGS
+    if path.is_file():
+        found = load_json_checked(path, "the benchmark's settings")
+        differing = [key for key in settings if found.get(key) != settings[key]]
+        if differing:
+            shown = "; ".join(f"{key}: {found.get(key)!r}, now {settings[key]!r}" for key in differing)
+            raise OneShotError(f"{out} holds a benchmark of other settings ({shown}): give -o another folder.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OneShotError(f"{out} is not empty and holds no benchmark of registrations: give -o a new folder.")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    save_json_atomic(settings, path)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Mean of the values that are numbers; zeros count. None where there is none."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return round(float(np.mean(numbers)), 6) if numbers else None
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 6)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with writing(path), atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=__doc__.splitlines()[0])
+    parser.add_argument("-d", required=True, metavar="DATASET", help="number or name of a preprocessed dataset")
+    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
+    parser.add_argument("-p", default="nnUNetOneShotPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("--atlas", nargs="+", metavar="CASE", help="labelled cases (default: chosen by the program)")
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument("--cases", type=int, metavar="N", help="register to N labelled cases, drawn at random")
+    targets.add_argument("--fold", type=int, default=0, help="register to its labelled validation cases (default: 0)")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each method (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where our deformable stage runs (default: %(default)s)")
+    parser.add_argument("-o", required=True, metavar="OUT", help="folder of the benchmark")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    try:
+        benchmark_registration(
+            dataset=options.d,
+            out=options.o,
+            plans_name=options.p,
+            configuration=options.c,
+            atlases=options.atlas,
+            cases=options.cases,
+            fold=str(options.fold),
+            methods=options.methods,
+            threads=options.threads,
+            device=options.device,
+            command=shlex.join(["python", "-m", _MODULE, *given]),
+        )
+    except OneShotError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

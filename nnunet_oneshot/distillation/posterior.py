@@ -34,7 +34,8 @@ def posterior_labels(
 
     A propagated label is right about which structures there are and wrong by a voxel or two about where they end. It
     serves as prior, blurred by that uncertainty; the intensities of each label are learned from the same image by
-    expectation maximisation (after Van Leemput et al., IEEE TMI 18(10), 1999, with histograms for Gaussians):
+    expectation maximisation (after Van Leemput et al., IEEE TMI 18(10), 1999, with histograms for Gaussians); those of
+    the background are learned around each place, since what lies beside a structure differs from side to side:
 
     .. math:: q_l(p) \propto \pi_l(p) \prod_c h_{l,c}(I_c(p))^{s / C},
               \quad h_{l,c}(i) \propto \sum_p q_l(p) \, [I_c(p) \in \mathrm{bin}_i]

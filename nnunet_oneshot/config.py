@@ -107,7 +107,7 @@ class DistillationConfig:
         posterior_blur: Standard deviation by which a propagated label is blurred before that, voxels: how far it may
             be wrong.
         student_start: Share of the epochs after which the averaged student has a say in that correction.
-        student_share: Weight of its segmentation there, beside that of the propagated label.
+        student_share: Weight of its segmentation there, beside that of the propagated label, times the Dice of the two.
         average_decay: Share of the averaged student that remains at each step.
     """
 

@@ -50,7 +50,8 @@ def posterior_labels(
         blur: Standard deviation of the Gaussian that blurs the prior, voxels.
         strength: The exponent s; 0 returns ``labels`` unchanged.
         student: Probabilities (B, L, *spatial) that a student gives label 0, 1, ... L - 1, or None.
-        student_share: Their share in the prior.
+        student_share: Their share in the prior, times the mean Dice over a sample's foreground labels between student
+            and propagated label: a student that has not learned yet has no say.
 
     Returns:
         Labels of the same shape and type. A label that a sample does not hold does not appear in it.
@@ -121,7 +122,7 @@ def _posterior(
     possible = _blurred_indicators(labels, present, blur).flatten(1).index_select(1, band)
     if student is not None:
         own = student.index_select(0, present.long()).flatten(1).index_select(1, band)
-        possible = torch.lerp(possible, own, student_share)
+        possible = torch.lerp(possible, own, student_share * _agreement(possible, own, present))
     prior, candidates = _largest(possible, min(_CANDIDATES, len(present)))
     bins = [_binned(channel[band]) for channel in _gaussian(image, _IMAGE_SMOOTHING).flatten(1)]
     cells, grid = _cells(band, labels.shape)
@@ -142,6 +143,14 @@ def _posterior(
     result = torch.zeros_like(labels).flatten()
     result[band] = present[candidates.gather(0, posterior.argmax(0, keepdim=True))[0]]
     return result.view(labels.shape)
+
+
+def _agreement(propagated: Tensor, student: Tensor, present: Tensor) -> Tensor:
+    """Mean Dice over the foreground labels between the most probable labels of two (L, N) arrays; a scalar."""
+    first, second = propagated.argmax(0), student.argmax(0)
+    rows = torch.arange(len(present), device=present.device)[present != 0, None]
+    one, other = first == rows, second == rows
+    return (2 * (one & other).sum(1) / (one.sum(1) + other.sum(1)).clamp_min(1)).mean()
 
 
 def _dilated(mask: Tensor) -> Tensor:

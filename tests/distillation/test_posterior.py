@@ -134,6 +134,13 @@ def test_a_students_segmentation_moves_the_prior_where_intensities_say_nothing()
     assert torch.equal(moved, block((16, 16, 16), (0, 0, 0), (16, 16, 9)))
 
 
+def test_a_student_that_finds_nothing_has_no_say():
+    labels, image = block((16, 16, 16), (5, 4, 4), (13, 12, 12)), noisy(block((16, 16, 16), (4, 4, 4), (12, 12, 12)))
+    nothing = torch.cat([torch.full_like(labels, 20.0), torch.zeros_like(labels)], dim=1)
+    alone = posterior_target(image, labels, **options(num_heads=2))
+    assert torch.equal(posterior_target(image, labels, nothing, **options(num_heads=2, student_share=1.0)), alone)
+
+
 def test_a_student_of_regions_speaks_for_each_region():
     regions = torch.cat([block((16, 16), (0, 0), (16, 7)), block((16, 16), (0, 0), (16, 4))], dim=1)
     logits = torch.where(

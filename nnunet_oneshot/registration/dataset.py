@@ -70,10 +70,10 @@ def register_dataset(
     )
     parameters = {
         "layout": _LAYOUT,
-        "seed": config.seed,
         **json.loads(json.dumps(dataclasses.asdict(config.registration))),
     }
     if "network" in config.registration.method:
+        parameters["seed"] = config.seed
         parameters["topology"] = dataset.registration_configuration().network_arch_init_kwargs
     keys, registrars, missing = {}, {}, []
     for atlas in atlases:

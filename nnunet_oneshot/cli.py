@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from nnunet_oneshot import __version__
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, exit_status
 
 # Handlers import what they run, so that `--help`, `--version` and `env` answer without loading torch.
 
@@ -393,12 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error that the user can mend.
     """
     options = build_parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except OneShotError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: options.run(options))
 
 
 if __name__ == "__main__":

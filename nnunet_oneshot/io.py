@@ -71,8 +71,17 @@ def save_json_atomic(content: Any, target: str | os.PathLike, *, sort_keys: bool
     Raises:
         OneShotError: The folder cannot be written to.
     """
+    save_text_atomic(json.dumps(content, indent=4, sort_keys=sort_keys) + "\n", target)
+
+
+def save_text_atomic(text: str, target: str | os.PathLike) -> None:
+    """Writes ``text`` as UTF-8; ``target`` is never seen half-written.
+
+    Raises:
+        OneShotError: The folder cannot be written to.
+    """
     with writing(target), atomic_path(target) as temporary:
-        temporary.write_text(json.dumps(content, indent=4, sort_keys=sort_keys) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def load_json_checked(path: str | os.PathLike, what: str) -> Any:

@@ -49,13 +49,19 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.teacher_scheduler = PolyLRScheduler(
             self.teacher_optimizer, settings.teacher_learning_rate, self.num_epochs
         )
-        if settings.real_share:
+        if self._average_speaks:
             # After the optimiser is made: the average is not trained.
             self.distiller.follow(self._student())
 
     @property
     def real_share(self) -> float:
         return self.config.distillation.real_share
+
+    @property
+    def _average_speaks(self) -> bool:
+        """Whether the averaged student has a part in correcting labels at any time of the training."""
+        settings = self.config.distillation
+        return settings.real_share * settings.posterior_strength * settings.student_share > 0
 
     def on_train_start(self) -> None:
         if self._resumed_from is not None:
@@ -128,7 +134,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         chosen = from_real.to(self.device)
         image, student = real[chosen], None
         with torch.no_grad():
-            if self.current_epoch >= settings.student_start * self.num_epochs:
+            if self._average_speaks and self.current_epoch >= settings.student_start * self.num_epochs:
                 with self._autocast():
                     output = self.distiller.averaged(image)
                 student = output[0] if isinstance(output, list) else output
@@ -173,5 +179,5 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 optimizer.step()
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-        if self.config.distillation.real_share:
+        if self._average_speaks:
             self.distiller.averaged.update_parameters(self._student())

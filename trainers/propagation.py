@@ -11,6 +11,4 @@ class OneShotPropagationTrainer(WarpingTrainer):
     The images are real, and every error of a registration is an error of the label.
     """
 
-    @property
-    def real_share(self) -> float:
-        return 1.0
+    real_share = 1.0

@@ -16,9 +16,7 @@ class WarpingTrainer(OneShotTrainer):
     either with that probability.
     """
 
-    @property
-    def real_share(self) -> float:
-        raise NotImplementedError
+    real_share: float
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         self.roles.require_unlabelled()

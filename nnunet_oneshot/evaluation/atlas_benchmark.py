@@ -18,7 +18,7 @@ from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.data.fingerprint import read_labelled_case, survey_images
 from nnunet_oneshot.data.raw import RawDataset, find_dataset
 from nnunet_oneshot.data.suggestion import RankedCase, rank_cases
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.metrics import dice
 from nnunet_oneshot.registration.pairs import register_arrays
 from nnunet_oneshot.registration.warp import warp_atlas_to_case
@@ -117,12 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--atlases", type=int, default=10, metavar="N", help="default: %(default)s")
     parser.add_argument("--cases", type=int, default=20, metavar="N", help="cases an atlas; default: %(default)s")
     options = parser.parse_args(arguments)
-    try:
-        print(report(score_atlases(find_dataset(options.d), atlases=options.atlases, cases=options.cases)))
-    except OneShotError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(
+        lambda: print(report(score_atlases(find_dataset(options.d), atlases=options.atlases, cases=options.cases)))
+    )
 
 
 if __name__ == "__main__":

@@ -30,9 +30,15 @@ from nnunet_oneshot.evaluation.methods import (
 )
 from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.evaluation.report import write_benchmark_report
-from nnunet_oneshot.evaluation.runs import Run, discard_unfinished, execute_run, finished_records, load_record
+from nnunet_oneshot.evaluation.runs import (
+    Run,
+    claim_folder,
+    discard_unfinished,
+    execute_run,
+    finished_records,
+    load_record,
+)
 from nnunet_oneshot.evaluation.syn import require_ants
-from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
 
 SETTINGS = "benchmark.json"
 
@@ -203,19 +209,7 @@ def _claim(out: Path, prepared: PreparedDataset, *, epochs: int | None, override
         "settings": overrides,
         "plans_checksum": hashlib.sha256(json.dumps(prepared.plans, sort_keys=True).encode()).hexdigest(),
     }
-    path = out / SETTINGS
-    if path.is_file():
-        found = load_json_checked(path, "the benchmark's settings")
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
-        if differing:
-            shown = "; ".join(f"{key}: {found.get(key)!r}, now {wanted[key]!r}" for key in differing)
-            raise OneShotError(f"{out} holds a benchmark of other settings ({shown}): give -o another folder.")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OneShotError(f"{out} is not empty and holds no benchmark: give -o a new folder.")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    save_json_atomic(wanted, path)
+    claim_folder(out / SETTINGS, wanted, "benchmark")
 
 
 def _checked_config(prepared: PreparedDataset, overrides: dict[str, Any]) -> OneShotConfig:

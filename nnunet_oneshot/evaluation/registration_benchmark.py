@@ -25,14 +25,14 @@ from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.atlas import check_labelled, resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.splits import resolve_fold
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.metrics import score_segmentation
 from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.evaluation.registration_summary import summarise, summary_markdown
 from nnunet_oneshot.evaluation.registration_worker import METHODS, SYN, Worker
-from nnunet_oneshot.evaluation.runs import versions
+from nnunet_oneshot.evaluation.runs import claim_folder, versions
 from nnunet_oneshot.evaluation.syn import require_ants
-from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.io import save_json_atomic, save_text_atomic, writing
 from nnunet_oneshot.registration.functional import folding, identity_grid
 from nnunet_oneshot.registration.warp import sample_labels
 
@@ -100,7 +100,7 @@ def benchmark_registration(
         "versions": {**versions(), "SimpleITK": version("SimpleITK")},
     }
     out = Path(out).absolute()
-    _claim(out, settings)
+    claim_folder(out / SETTINGS, settings, "benchmark of registrations")
     finished = {(row["method"], row["atlas"], row["case"]) for row in read_pairs(out)}
     workers: dict[str, Worker] = {}
     failures = []
@@ -134,7 +134,7 @@ def benchmark_registration(
     if rows:
         summary = {**settings, "command": command, **summarise(rows)}
         save_json_atomic(summary, out / "summary.json")
-        _write_text(out / "summary.md", summary_markdown(summary))
+        save_text_atomic(summary_markdown(summary), out / "summary.md")
         log(f"Wrote {out / 'summary.md'} and summary.json")
     if failures:
         raise OneShotError(
@@ -284,30 +284,13 @@ def read_pairs(out: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines = lines[:-1]
-        _write_text(path, "".join(lines))
+        save_text_atomic("".join(lines), path)
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
         raise OneShotError(
             f"{path} has a line that is not JSON ({error}): remove that line, and it is measured again."
         ) from error
-
-
-def _claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """Marks ``out`` with what is compared, or checks that it is the same comparison."""
-    path = out / SETTINGS
-    if path.is_file():
-        found = load_json_checked(path, "the benchmark's settings")
-        differing = [key for key in settings if found.get(key) != settings[key]]
-        if differing:
-            shown = "; ".join(f"{key}: {found.get(key)!r}, now {settings[key]!r}" for key in differing)
-            raise OneShotError(f"{out} holds a benchmark of other settings ({shown}): give -o another folder.")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OneShotError(f"{out} is not empty and holds no benchmark of registrations: give -o a new folder.")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    save_json_atomic(settings, path)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -318,11 +301,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 6)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with writing(path), atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -341,8 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", required=True, metavar="OUT", help="folder of the benchmark")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
-    try:
-        benchmark_registration(
+    return exit_status(
+        lambda: benchmark_registration(
             dataset=options.d,
             out=options.o,
             plans_name=options.p,
@@ -355,10 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=options.device,
             command=shlex.join(["python", "-m", _MODULE, *given]),
         )
-    except OneShotError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from nnunet_oneshot.evaluation.statistics import (
     score_table,
     seed_spread,
 )
-from nnunet_oneshot.io import atomic_path, save_json_atomic, writing
+from nnunet_oneshot.io import save_json_atomic, save_text_atomic
 
 MEAN = "mean over labels"
 _CONVENTIONS = (
@@ -51,9 +51,9 @@ def write_benchmark_report(
     """
     rows = [row for record in records for row in rows_of(record)]
     save_json_atomic(rows, out / "results.json")
-    _write_text(out / "summary.csv", _summary_csv(rows, records))
+    save_text_atomic(_summary_csv(rows, records), out / "summary.csv")
     gaps = _gaps(rows)
-    _write_text(out / "summary.md", _summary_markdown(rows, records, gaps))
+    save_text_atomic(_summary_markdown(rows, records, gaps), out / "summary.md")
     if figures:
         write_benchmark_figures(out, prepared, rows, records, gaps)
 
@@ -179,8 +179,3 @@ def _mean(table: ScoreTable) -> float:
 
 def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body]]
-
-
-def _write_text(path: Path, text: str) -> None:
-    with writing(path), atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

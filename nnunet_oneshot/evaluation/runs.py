@@ -199,3 +199,29 @@ def discard_unfinished(out: Path, run: Run) -> None:
     """Removes segmentations that an interrupted label propagation left; trainings are resumed instead."""
     if run.method.propagation and load_record(out, run) is None:
         shutil.rmtree(out / run.folder, ignore_errors=True)
+
+
+def claim_folder(path: Path, settings: Mapping[str, Any], what: str) -> None:
+    """Marks the folder of a comparison with what is compared, or checks that it is the same comparison.
+
+    Args:
+        path: JSON file in that folder.
+        settings: What is compared, as plain JSON types.
+        what: What the folder is for, such as ``"benchmark"``.
+
+    Raises:
+        OneShotError: The folder holds a comparison of other settings, or something else.
+    """
+    out = path.parent
+    if path.is_file():
+        found = load_json_checked(path, "the benchmark's settings")
+        differing = [key for key in settings if found.get(key) != settings[key]]
+        if differing:
+            shown = "; ".join(f"{key}: {found.get(key)!r}, now {settings[key]!r}" for key in differing)
+            raise OneShotError(f"{out} holds a benchmark of other settings ({shown}): give -o another folder.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OneShotError(f"{out} is not empty and holds no {what}: give -o a new folder.")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    save_json_atomic(settings, path)

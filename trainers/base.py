@@ -31,8 +31,8 @@ CUDA = torch.device("cuda")
 class OneShotTrainer(nnUNetTrainer):
     """nnU-Net's trainer for one labelled volume; the trainers that users name differ in loaders and losses.
 
-    Network, optimiser, schedule, augmentation, validation and files are nnU-Net's. In training only the atlases' labels
-    are read; final validation scores the validation cases that have one.
+    Network, schedule, augmentation, validation and files are nnU-Net's. In training only the atlases' labels are read;
+    final validation scores the validation cases that have one.
     """
 
     epochs: ClassVar[int] = 1000

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
+
 from nnunet_oneshot.registration.dataset import register_dataset
 from nnunet_oneshot.synthesis.data_loader import build_oneshot_loader
-from nnunet_oneshot.trainers.base import OneShotTrainer
+from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
 
 
 class WarpingTrainer(OneShotTrainer):
@@ -17,6 +20,16 @@ class WarpingTrainer(OneShotTrainer):
     """
 
     real_share: float
+
+    # nnU-Net's stochastic gradient descent often finds no foreground in its first hundreds of iterations on few
+    # voxels of foreground and batches of two; nnUNetTrainerAdam1en3, whose optimiser this is, does at once.
+    configure_optimizers = nnUNetTrainerAdam.configure_optimizers
+
+    def __init__(
+        self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = 1e-3
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         self.roles.require_unlabelled()

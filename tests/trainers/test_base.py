@@ -59,16 +59,28 @@ def test_stock_network_takes_the_weights(name, prepare, make_trainer, short, stu
     assert network.load_state_dict(saved["network_weights"]) == torch.nn.modules.module._IncompatibleKeys([], [])
 
 
-def test_trainers_share_schedule_and_optimiser(prepare, make_trainer):
+def test_warping_trainers_share_schedule_and_optimiser(prepare, make_trainer):
     dataset = prepare()
-    trainers = [make_trainer(dataset, name.replace("_1epoch", "")) for name in ("OneShotAtlasTrainer", *WARPING)]
+    trainers = [make_trainer(dataset, name.replace("_1epoch", "")) for name in WARPING]
     for trainer in trainers:
         trainer.initialize()
+        assert isinstance(trainer.optimizer, torch.optim.AdamW)
     schedules = [
         (t.num_epochs, t.num_iterations_per_epoch, t.initial_lr, t.weight_decay, t.batch_size, str(t.optimizer))
         for t in trainers
     ]
     assert len(set(schedules)) == 1
+
+
+def test_atlas_trainer_keeps_the_optimiser_of_nnunet(prepare, make_trainer):
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    dataset = prepare()
+    trainer = make_trainer(dataset, "OneShotAtlasTrainer_1epoch")
+    trainer.initialize()
+    expected, _ = nnUNetTrainer.configure_optimizers(trainer)
+    assert str(trainer.optimizer) == str(expected)
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
 
 
 def test_network_starts_from_the_seed(prepare, make_trainer):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -17,8 +19,10 @@ from nnunet_oneshot.registration.functional import (
     transform_points,
 )
 
-# Case voxels handled at a time, so that label probabilities of large volumes stay small in memory.
+# Voxels handled at a time, so that what is computed for the labels of large volumes stays small in memory.
 _CHUNK_VOXELS = 4_000_000
+# Indicators closer than this are equal but for rounding.
+_TIE = 1e-5
 
 
 def displacement_of(velocity: Tensor, atlas_shape: Sequence[int], *, steps: int = 7) -> Tensor:
@@ -113,14 +117,33 @@ def sample_labels(seg: Tensor, coordinates: Tensor) -> Tensor:
         coordinates: (3, *out), voxel coordinates of ``seg``; outside the volume the nearest voxel counts.
 
     Returns:
-        (1, *out) int16.
+        (1, *out) int16; of labels with equal indicators the smallest.
     """
-    values = torch.unique(seg).tolist()
-    best = torch.full(coordinates.shape[1:], -1.0)
-    result = torch.full(coordinates.shape[1:], int(values[0]), dtype=torch.int16)
-    for value in values:
-        indicator = sample_at((seg == value).float()[None], coordinates[None])[0, 0]
-        better = indicator > best
-        best = torch.where(better, indicator, best)
-        result[better] = int(value)
-    return result[None]
+    parts = [_heaviest_labels(seg, part) for part in coordinates.flatten(1).split(_CHUNK_VOXELS, dim=1)]
+    return torch.cat(parts).view(1, *coordinates.shape[1:])
+
+
+def _heaviest_labels(seg: Tensor, points: Tensor) -> Tensor:
+    """`sample_labels` at points (3, N), from the labels of the eight voxels around each: (N,)."""
+    sizes = torch.tensor(seg.shape[1:], device=points.device)[:, None]
+    places = torch.minimum(points.clamp_min(0), sizes - 1)
+    lower = places.floor()
+    upper_share = places - lower
+    ends = lower.long(), torch.minimum(lower.long() + 1, sizes - 1)
+    shares = 1 - upper_share, upper_share
+    strides = (seg.shape[2] * seg.shape[3], seg.shape[3], 1)
+    corners = list(product((0, 1), repeat=3))
+    index = torch.stack([sum(ends[side][axis] * strides[axis] for axis, side in enumerate(c)) for c in corners])
+    labels = seg.flatten()[index]
+    result = labels[0].clone()
+    # Most places lie between voxels of one label.
+    mixed = (labels != labels[0]).any(0).nonzero()[:, 0]
+    labels = labels[:, mixed]
+    weights = torch.stack([math.prod(shares[side][axis, mixed] for axis, side in enumerate(c)) for c in corners])
+    best, chosen = torch.full_like(weights[0], -1.0), labels[0].clone()
+    for label in labels:
+        score = (weights * (labels == label)).sum(0)
+        better = (score > best + _TIE) | ((score > best - _TIE) & (label < chosen))
+        best, chosen = torch.where(better, score, best), torch.where(better, label, chosen)
+    result[mixed] = chosen
+    return result

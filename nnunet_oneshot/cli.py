@@ -82,8 +82,8 @@ def _add_benchmark(subparsers: argparse._SubParsersAction) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="affine registration syn nnunet-atlas propagation synthesis distill nnunet-full, or one of them with "
-        "other settings: distill:distillation.hint=none,unlabelled_fraction=0.2 (default: all that can run)",
+        help="affine registration corrected syn nnunet-atlas propagation synthesis distill nnunet-full, or one of them "
+        "with other settings: distill:distillation.hint=none,unlabelled_fraction=0.2 (default: all that can run)",
     )
     parser.add_argument("--epochs", type=int, metavar="N", help="length of every training, 250 iterations an epoch")
     parser.add_argument(
@@ -260,9 +260,10 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", required=True, metavar="FOLDER", help="where the segmentations are written")
     parser.add_argument(
         "--method",
-        choices=["registration", "affine", "syn"],
+        choices=["registration", "corrected", "affine", "syn"],
         default="registration",
-        help="registration of this package, its affine stage alone, or ANTs SyN (default: registration)",
+        help="registration of this package, the same with labels corrected by each image's intensities as training "
+        "does, its affine stage alone, or ANTs SyN (default: registration)",
     )
     _add_device(parser, "the registration runs")
     parser.set_defaults(run=_propagate)

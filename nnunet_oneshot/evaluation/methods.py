@@ -50,7 +50,7 @@ class Method:
 
 
 FLOOR, CEILING = "nnunet-atlas", "nnunet-full"
-_PROPAGATED = ("affine", "registration", "syn")
+_PROPAGATED = ("affine", "registration", "corrected", "syn")
 _TRAINERS = {
     FLOOR: "OneShotAtlasTrainer",
     "propagation": "OneShotPropagationTrainer",

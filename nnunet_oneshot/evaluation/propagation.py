@@ -17,6 +17,7 @@ from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.atlas import resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.distillation.posterior import posterior_labels
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
@@ -25,7 +26,7 @@ from nnunet_oneshot.registration.dataset import register_dataset
 from nnunet_oneshot.registration.pairs import register_arrays
 from nnunet_oneshot.registration.warp import warp_label_probabilities
 
-METHODS = ("registration", "affine", "syn")
+METHODS = ("registration", "corrected", "affine", "syn")
 
 
 def propagate(
@@ -52,7 +53,8 @@ def propagate(
             cases are labelled, of nnU-Net's ``summary.json``.
         fold: Whose atlases are warped and, without ``images``, to whose validation cases.
         images: Folder of images in nnU-Net's naming.
-        method: ``"registration"`` (ours), ``"affine"`` (its first stage) or ``"syn"`` (ANTs).
+        method: ``"registration"`` (ours), ``"corrected"`` (ours, and the labels then corrected by the image's
+            intensities as in training), ``"affine"`` (the first stage) or ``"syn"`` (ANTs).
         device: Where the registration runs.
         log: Receives each line that is shown.
 
@@ -81,7 +83,7 @@ def propagate(
                 f"Fold {fold} of {prepared.name} has no validation cases to propagate to: choose another fold with -f, "
                 f"or give images with -i."
             )
-        if method == "registration":
+        if method in ("registration", "corrected"):
             cached = register_dataset(
                 plans=prepared.plans,
                 dataset_json=prepared.dataset_json,
@@ -161,8 +163,10 @@ class _Propagator:
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
         spacing = self.prepared.spacing(properties)
-        sums = [self._probabilities(atlas, case, image, spacing) for atlas in self.atlases]
-        logits = probabilities_to_logits(np.mean(sums, axis=0), self.labels, self.prepared.label_manager)
+        probabilities = np.mean([self._probabilities(atlas, case, image, spacing) for atlas in self.atlases], axis=0)
+        if self.method == "corrected":
+            probabilities = self._corrected(probabilities, image)
+        logits = probabilities_to_logits(probabilities, self.labels, self.prepared.label_manager)
         with writing(out):
             export_prediction_from_logits(
                 torch.from_numpy(logits),
@@ -173,6 +177,17 @@ class _Propagator:
                 str(out / case),
                 num_threads_torch=torch.get_num_threads(),
             )
+
+    def _corrected(self, probabilities: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Masks (labels, X, Y, Z) of the most probable labels, corrected by the image (C, X, Y, Z)."""
+        settings = self.config.distillation
+        corrected = posterior_labels(
+            torch.from_numpy(image)[None],
+            torch.from_numpy(probabilities.argmax(0))[None, None],
+            blur=settings.posterior_blur,
+            strength=settings.posterior_strength,
+        )
+        return (corrected[0, 0].numpy() == np.arange(len(self.labels))[:, None, None, None]).astype(np.float32)
 
     def _probabilities(self, atlas: str, case: str, image: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
         """Warped label masks (labels, X, Y, Z) of one atlas."""

@@ -35,7 +35,7 @@ def new_images(folder, count=2, shape=(16, 18, 14), spacing=(1.0, 1.0, 1.0), cha
     return labels
 
 
-@pytest.mark.parametrize("method", ["registration", "affine"])
+@pytest.mark.parametrize("method", ["registration", "corrected", "affine"])
 def test_validation_cases_are_segmented_and_scored(prepared_dataset, tmp_path, method):
     dataset = prepared_dataset()
     assert propagate(dataset, tmp_path / "out", "--method", method) == 0
@@ -47,6 +47,19 @@ def test_validation_cases_are_segmented_and_scored(prepared_dataset, tmp_path, m
     prediction, reference = (read_image(case[key]) for key in ("prediction_file", "reference_file"))
     assert case["metrics"]["1"]["Dice"] == pytest.approx(dice(prediction == 1, reference == 1))
     assert summary["foreground_mean"]["Dice"] > 0.7
+
+
+def test_correction_moves_labels_to_the_edges_of_the_image(prepared_dataset, tmp_path, monkeypatch):
+    dataset = prepared_dataset()
+    found = {}
+    for name, method, strength in (("a", "affine", 0), ("b", "corrected", 0), ("c", "corrected", 1)):
+        # Without iterations the labels are those of the affine stage, which leaves room for correction.
+        settings = {"registration": {"refine_iterations": [0]}, "distillation": {"posterior_strength": strength}}
+        monkeypatch.setenv("nnUNet_oneshot_overrides", json.dumps(settings))
+        assert propagate(dataset, tmp_path / name, "--method", method) == 0
+        found[name] = json.loads((tmp_path / name / "summary.json").read_text())["foreground_mean"]["Dice"]
+    assert found["a"] == found["b"]
+    assert found["c"] > found["a"] + 0.005
 
 
 def test_new_images_return_in_their_own_grid(prepared_dataset, tmp_path):

@@ -12,14 +12,15 @@ from nnunet_oneshot.planners.oneshot_planner import OneShotPlanner
 
 _MAX_PATCH_VOXELS = 100_000
 _MAX_BATCH_2D = 12
+_FEW_LABELS = 16
 
 
 class OneShotCPUPlanner(OneShotPlanner):
     """Small patches and batches and few features, so that an iteration takes well under a second on two cores.
 
     Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
-    of voxels; networks have 8 to 64 features. Registration runs on at most 200,000 voxels. Arguments as for
-    `OneShotPlanner`, but the memory target has no effect.
+    of voxels; networks have 8 to 64 features, and 16 to 128 where the dataset has more than 16 labels. Registration
+    runs on at most 200,000 voxels. Arguments as for `OneShotPlanner`, but the memory target has no effect.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class OneShotCPUPlanner(OneShotPlanner):
             overwrite_target_spacing,
             suppress_transpose,
         )
-        self.UNet_base_num_features = 8
-        self.UNet_max_features_2d = 64
-        self.UNet_max_features_3d = 64
+        # The head of the full resolution separates all labels by the features of one voxel.
+        self.UNet_base_num_features = 8 if len(self.dataset_json["labels"]) <= _FEW_LABELS else 16
+        self.UNet_max_features_2d = self.UNet_max_features_3d = 8 * self.UNet_base_num_features
 
     def default_config(self) -> OneShotConfig:
         """The ``oneshot`` block with a registration grid that two cores can handle."""

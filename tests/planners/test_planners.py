@@ -71,6 +71,16 @@ def test_student_and_teacher_share_the_memory_target(dataset, monkeypatch, ours,
     assert voxels(double) <= 0.75 * voxels(single)
 
 
+@pytest.mark.parametrize(("number", "features"), [(16, 8), (17, 16)])
+def test_cpu_preset_has_more_features_for_many_labels(dataset, number, features):
+    path = dataset.raw / "dataset.json"
+    labels = {"background": 0} | {f"label {value}": value for value in range(1, number)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "labels": labels}))
+    plans = OneShotCPUPlanner(dataset.name).plan_experiment()
+    stages = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"]
+    assert stages[0] == features and max(stages) <= 8 * features
+
+
 def test_memory_target_of_the_command(dataset):
     pretend_size(dataset, (176, 176, 176), (1.0, 1.0, 1.0))
     found = {}

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from nnunet_oneshot.checkpoints import loading_checkpoint
+from nnunet_oneshot.data.prepared import dataset_name
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.evaluation.prepared import dataset_name
 from nnunet_oneshot.io import load_json_checked, require_env, writing
 
 STOCK_TRAINER = "nnUNetTrainer"

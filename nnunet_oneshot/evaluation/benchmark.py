@@ -17,6 +17,7 @@ from typing import Any
 from nnunet_oneshot.config import BLOCK, OneShotConfig, environment_overrides
 from nnunet_oneshot.data.atlas import check_labelled, resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import resolve_fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.methods import (
@@ -28,7 +29,6 @@ from nnunet_oneshot.evaluation.methods import (
     parse_settings,
     trainer_name,
 )
-from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.evaluation.report import write_benchmark_report
 from nnunet_oneshot.evaluation.runs import (
     Run,

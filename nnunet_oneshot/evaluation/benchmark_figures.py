@@ -10,13 +10,13 @@ import numpy as np
 
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.labelled import labelled_cases
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.data.roles import assign_roles
 from nnunet_oneshot.data.splits import resolve_fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.figures import Example, bar_figure, box_plot_per_label, example_figure, line_figure
 from nnunet_oneshot.evaluation.methods import CEILING, METHODS, merge_settings, parse_method
-from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.evaluation.statistics import Interval, is_number
 from nnunet_oneshot.io import require_env
 

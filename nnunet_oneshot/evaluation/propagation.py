@@ -16,10 +16,10 @@ import torch
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.atlas import resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import resolve_fold
 from nnunet_oneshot.distillation.posterior import posterior_labels
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
 from nnunet_oneshot.registration.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset import register_dataset

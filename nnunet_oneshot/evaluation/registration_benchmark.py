@@ -24,10 +24,10 @@ import torch
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.atlas import check_labelled, resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import resolve_fold
 from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.metrics import score_segmentation
-from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.evaluation.registration_summary import summarise, summary_markdown
 from nnunet_oneshot.evaluation.registration_worker import METHODS, SYN, Worker
 from nnunet_oneshot.evaluation.runs import claim_folder, versions

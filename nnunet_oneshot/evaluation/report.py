@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.evaluation.benchmark_figures import write_benchmark_figures
 from nnunet_oneshot.evaluation.methods import CEILING, FLOOR
-from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.evaluation.runs import rows_of
 from nnunet_oneshot.evaluation.statistics import (
     Interval,

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_oneshot.config import OVERRIDES_VARIABLE
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.commands import CommandResult, command_environment, run_command
 from nnunet_oneshot.evaluation.methods import METHODS, Method, merge_settings, parse_method, trainer_name
 from nnunet_oneshot.evaluation.metrics import score_segmentation
-from nnunet_oneshot.evaluation.prepared import PreparedDataset
 from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
 
 RECORD = "run.json"

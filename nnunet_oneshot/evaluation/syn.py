@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,14 +51,16 @@ def syn_label_probabilities(
         as_ants(mean - mean.min(), edges)
         for mean, edges in ((image.mean(axis=0), spacing), (atlas_image.mean(axis=0), atlas_spacing))
     )
-    transforms = ants.registration(fixed=fixed, moving=moving, type_of_transform="SyN")
     warped = []
-    for label in labels:
-        mask = as_ants((atlas_segmentation[0] == label).astype(np.float32), atlas_spacing)
-        result = ants.apply_transforms(
-            fixed=fixed, moving=mask, transformlist=transforms["fwdtransforms"], interpolator="linear"
-        )
-        warped.append(result.numpy()[None] if flat else result.numpy())
+    with tempfile.TemporaryDirectory(prefix="syn-") as folder:
+        # ANTs leaves its transforms behind as files.
+        transforms = ants.registration(fixed=fixed, moving=moving, type_of_transform="SyN", outprefix=f"{folder}/")
+        for label in labels:
+            mask = as_ants((atlas_segmentation[0] == label).astype(np.float32), atlas_spacing)
+            result = ants.apply_transforms(
+                fixed=fixed, moving=mask, transformlist=transforms["fwdtransforms"], interpolator="linear"
+            )
+            warped.append(result.numpy()[None] if flat else result.numpy())
     return np.stack(warped).astype(np.float32)
 
 

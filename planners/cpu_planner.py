@@ -16,7 +16,7 @@ _FEW_LABELS = 16
 
 
 class OneShotCPUPlanner(OneShotPlanner):
-    """Small patches and batches and few features, so that an iteration takes well under a second on two cores.
+    """Small patches and batches and few features, so that an iteration takes about a second on two cores.
 
     Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
     of voxels; networks have 8 to 64 features, and 16 to 128 where the dataset has more than 16 labels. Registration

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -52,8 +51,7 @@ def distributions(source, tmp_path_factory):
     code = "import os, sys; from setuptools import build_meta as b; out = sys.argv[1]; s = b.build_sdist(out); print(s)"
     subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, check=True, capture_output=True)
     (sdist,) = out.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(out / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, out / "unpacked")
     (unpacked,) = (out / "unpacked").iterdir()
     code = "import sys; from setuptools import build_meta as b; b.build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(out)], cwd=unpacked, check=True, capture_output=True)

@@ -18,8 +18,8 @@ from scipy.spatial import cKDTree
 from nnunet_oneshot.errors import OneShotError
 
 LABELS = {"background": 0, "left_lobe": 1, "right_lobe": 2, "core": 3, "arch": 4}
-SHAPE = (30, 32, 28)
-SPACING = 2.4
+SHAPE = (25, 28, 24)
+SPACING = 2.75
 
 _AIR, _FAT, _SOFT = 0.03, 0.70, 0.45
 _TISSUE = {"left_lobe": 0.68, "right_lobe": 0.68, "core": 0.24, "arch": 0.95, "nodule": 0.80}

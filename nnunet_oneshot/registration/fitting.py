@@ -14,7 +14,7 @@ from nnunet_oneshot.registration.functional import (
     integrate_on,
     resize,
     scale_vectors,
-    similarity_loss,
+    similarity_to,
     warp,
 )
 from nnunet_oneshot.registration.multimodal import mind_ssc
@@ -86,13 +86,14 @@ def refine_velocity(
         else:
             parameter = resize(scale_vectors(velocity, grid, shape), coarse).detach().clone()
         parameter.requires_grad_(True)
+        dissimilarity = similarity_to(fixed_level, mask_level, similarity=similarity, kernel=config.lncc_kernel)
         optimizer = torch.optim.Adam([parameter], lr=config.refine_learning_rate)
         for _ in range(iterations):
             optimizer.zero_grad(set_to_none=True)
             displacement = integrate_on(parameter, shape, steps=config.integration_steps)
             warped = warp(atlas_level.expand(len(fixed), -1, *shape), displacement)
-            loss = similarity_loss(warped, fixed_level, mask_level, similarity=similarity, kernel=config.lncc_kernel)
-            loss = loss + config.smoothness * diffusion_energy(scale_vectors(parameter, shape, coarse), coarse_edges)
+            energy = diffusion_energy(scale_vectors(parameter, shape, coarse), coarse_edges)
+            loss = dissimilarity(warped) + config.smoothness * energy
             loss.sum().backward()
             optimizer.step()
         velocity = scale_vectors(parameter.detach(), shape, grid)

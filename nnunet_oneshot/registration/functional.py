@@ -11,7 +11,7 @@ D is the number of spatial axes, 2 or 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -173,24 +173,69 @@ def box_mean(image: Tensor, window: int) -> Tensor:
     return total / window**dim
 
 
-def squared_local_correlation(first: Tensor, second: Tensor, window: int) -> Tensor:
+def local_moments(image: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of (B, C, *grid) in a cube of ``window`` voxels (odd) around every place, each of its shape."""
+    mean, square = box_mean(torch.cat([image, image * image], dim=1), window).chunk(2, dim=1)
+    return mean, (square - mean * mean).clamp_min(0)
+
+
+def squared_local_correlation(
+    first: Tensor, second: Tensor, window: int, *, moments: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Squared normalised cross-correlation in a cube around every place (Avants et al., MedIA 2008).
 
     Args:
         first: (B, C, *grid) float32; gradients flow through it.
         second: (B, C, *grid) float32.
         window: Edge of the cube, odd, voxels.
+        moments: `local_moments` of ``second``, where they are known already.
 
     Returns:
         (B, C, *grid) from 0 to 1; 0 where either is constant.
     """
-    channels = first.shape[1]
-    moments = box_mean(torch.cat([first, first * first, first * second, second, second * second], dim=1), window)
-    mean_1, square_1, product, mean_2, square_2 = moments.split(channels, dim=1)
+    mean_2, variance_2 = local_moments(second, window) if moments is None else moments
+    averages = box_mean(torch.cat([first, first * first, first * second], dim=1), window)
+    mean_1, square_1, product = averages.chunk(3, dim=1)
     covariance = product - mean_1 * mean_2
     variance_1 = (square_1 - mean_1 * mean_1).clamp_min(0)
-    variance_2 = (square_2 - mean_2 * mean_2).clamp_min(0)
     return covariance * covariance / (variance_1 * variance_2 + 1e-5)
+
+
+def similarity_to(
+    fixed: Tensor, mask: Tensor | None = None, *, similarity: str = "lncc", kernel: int = 7
+) -> Callable[[Tensor], Tensor]:
+    """Dissimilarity of any image to ``fixed``; what depends on ``fixed`` alone is computed once.
+
+    Args:
+        fixed: (B, C, *grid).
+        mask: (B, 1, *grid), 1 where ``fixed`` was observed; places outside do not count.
+        similarity: As in `similarity_loss`.
+        kernel: As in `similarity_loss`.
+
+    Returns:
+        A function of an image (B, C, *grid), with the result of `similarity_loss`.
+    """
+    fixed = fixed.float()
+    if similarity == "nmi":
+        return lambda warped: -mutual_information(warped.float(), fixed, mask).mean(1)
+    if similarity == "lncc":
+        window = min([kernel, *fixed.shape[2:]])
+        window = max(window - 1 + window % 2, 3)
+        moments = local_moments(fixed, window)
+    target = mind_ssc(fixed) if similarity == "mind" else fixed
+
+    def loss(warped: Tensor) -> Tensor:
+        warped = warped.float()
+        if similarity == "lncc":
+            values = -squared_local_correlation(warped, target, window, moments=moments)
+        else:
+            values = ((mind_ssc(warped) if similarity == "mind" else warped) - target) ** 2
+        if mask is None:
+            return values.flatten(1).mean(1)
+        weights = mask.float().expand_as(values)
+        return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1.0)
+
+    return loss
 
 
 def similarity_loss(
@@ -209,20 +254,7 @@ def similarity_loss(
     Returns:
         (B,), the mean over channels and observed places of each pair.
     """
-    warped, fixed = warped.float(), fixed.float()
-    if similarity == "nmi":
-        return -mutual_information(warped, fixed, mask).mean(1)
-    if similarity == "mind":
-        warped, fixed = mind_ssc(warped), mind_ssc(fixed)
-    if similarity in ("mse", "mind"):
-        values = (warped - fixed) ** 2
-    else:
-        window = min([kernel, *fixed.shape[2:]])
-        values = -squared_local_correlation(warped, fixed, max(window - 1 + window % 2, 3))
-    if mask is None:
-        return values.flatten(1).mean(1)
-    mask = mask.float().expand_as(values)
-    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1.0)
+    return similarity_to(fixed, mask, similarity=similarity, kernel=kernel)(warped)
 
 
 def diffusion_energy(velocity: Tensor, spacing: Sequence[float]) -> Tensor:

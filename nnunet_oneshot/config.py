@@ -47,8 +47,8 @@ class RegistrationConfig:
     smoothness: float = 0.2
     velocity_downsample: int = 2
     integration_steps: int = 5
-    refine_iterations: tuple[int, ...] = (40, 40, 20)
-    refine_learning_rate: float = 0.3
+    refine_iterations: tuple[int, ...] = (30, 30, 10)
+    refine_learning_rate: float = 0.5
     network_iterations: int = 1000
     network_batch_size: int = 2
     network_learning_rate: float = 1e-3

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from nnunet_oneshot.registration.multimodal import mind_ssc, mutual_information
@@ -165,12 +166,30 @@ def folding(displacement: Tensor) -> Tensor:
 def box_mean(image: Tensor, window: int) -> Tensor:
     """Mean over a cube of ``window`` voxels (odd) around every place of (B, C, *grid); border voxels are repeated."""
     dim = image.ndim - 2
-    total = F.pad(image, [window // 2] * 2 * dim, "replicate")
-    for axis in range(2, 2 + dim):
-        length = total.shape[axis] - window + 1
-        # Shifted sums cost a fraction of a convolution, forward and backward.
-        total = sum((total.narrow(axis, k, length) for k in range(1, window)), start=total.narrow(axis, 0, length))
-    return total / window**dim
+    return _BoxSum.apply(F.pad(image, [window // 2] * 2 * dim, "replicate"), window) / window**dim
+
+
+class _BoxSum(torch.autograd.Function):
+    """Sums over cubes that lie within (B, C, *grid), whose gradient is such a sum again."""
+
+    @staticmethod
+    def forward(ctx, image: Tensor, window: int) -> Tensor:
+        ctx.window = window
+        return _box_sum(image, window)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        margin = [ctx.window - 1] * 2 * (gradient.ndim - 2)
+        return _box_sum(F.pad(gradient, margin), ctx.window), None
+
+
+def _box_sum(image: Tensor, window: int) -> Tensor:
+    for axis in range(2, image.ndim):
+        length = image.shape[axis] - window + 1
+        # Shifted sums cost a fraction of a convolution.
+        image = sum((image.narrow(axis, k, length) for k in range(1, window)), start=image.narrow(axis, 0, length))
+    return image
 
 
 def local_moments(image: Tensor, window: int) -> tuple[Tensor, Tensor]:

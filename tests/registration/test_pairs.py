@@ -102,7 +102,7 @@ def test_known_smooth_deformation_is_recovered(shape):
     assert after < 0.5 * before
     assert registration.quality["similarity_after"] > registration.quality["similarity_before"]
     assert registration.quality["folding"] < 1e-4
-    assert registration.quality["inverse_consistency_mm"] < 0.1
+    assert registration.quality["inverse_consistency_mm"] < 0.15
     assert registration.quality["observed"] > 0.8
     assert registration.velocity.shape[0] == 3
 

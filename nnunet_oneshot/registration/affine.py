@@ -12,7 +12,7 @@ import SimpleITK as sitk
 # Enough voxels for a 12-parameter transform; more only cost time.
 _FINEST_VOXELS = 250_000
 # Places, drawn with a fixed seed, at which the metric is evaluated at each step of the optimisation.
-_SAMPLES = 20_000
+_SAMPLES = 10_000
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class OneShotCPUPlanner(OneShotPlanner):
 
     Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
     of voxels; networks have 8 to 64 features, and 16 to 128 where the dataset has more than 16 labels. Registration
-    runs on at most 200,000 voxels. Arguments as for `OneShotPlanner`, but the memory target has no effect.
+    runs on at most 200,000 voxels. The students start with learning rate 0.003. Arguments as for `OneShotPlanner`, but the memory target has no effect.
     """
 
     def __init__(
@@ -45,9 +45,11 @@ class OneShotCPUPlanner(OneShotPlanner):
         self.UNet_max_features_2d = self.UNet_max_features_3d = 8 * self.UNet_base_num_features
 
     def default_config(self) -> OneShotConfig:
-        """The ``oneshot`` block with a registration grid that two cores can handle."""
+        """The ``oneshot`` block with a registration grid that two cores can handle, and larger steps."""
         config = super().default_config()
-        return dataclasses.replace(config, registration=dataclasses.replace(config.registration, max_voxels=200_000))
+        registration = dataclasses.replace(config.registration, max_voxels=200_000)
+        # Networks with fewer features bear, and in short trainings need, larger steps.
+        return dataclasses.replace(config, initial_lr=3e-3, registration=registration)
 
     def get_plans_for_configuration(
         self,

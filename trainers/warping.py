@@ -29,7 +29,7 @@ class WarpingTrainer(OneShotTrainer):
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = 1e-3
+        self.initial_lr = self.config.initial_lr
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         self.roles.require_unlabelled()

@@ -79,6 +79,7 @@ def test_cpu_preset_has_more_features_for_many_labels(dataset, number, features)
     plans = OneShotCPUPlanner(dataset.name).plan_experiment()
     stages = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"]
     assert stages[0] == features and max(stages) <= 8 * features
+    assert plans["oneshot"]["initial_lr"] > OneShotConfig().initial_lr
 
 
 def test_memory_target_of_the_command(dataset):

@@ -72,6 +72,15 @@ def test_warping_trainers_share_schedule_and_optimiser(prepare, make_trainer):
     assert len(set(schedules)) == 1
 
 
+@pytest.mark.parametrize("name", WARPING)
+def test_learning_rate_comes_from_the_plans(prepare, make_trainer, monkeypatch, name):
+    dataset = prepare()
+    monkeypatch.setenv("nnUNet_oneshot_overrides", '{"initial_lr": 0.002}')
+    trainer = make_trainer(dataset, name)
+    trainer.initialize()
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.002]
+
+
 def test_atlas_trainer_keeps_the_optimiser_of_nnunet(prepare, make_trainer):
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 

@@ -20,7 +20,8 @@ class OneShotCPUPlanner(OneShotPlanner):
 
     Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
     of voxels; networks have 8 to 64 features, and 16 to 128 where the dataset has more than 16 labels. Registration
-    runs on at most 200,000 voxels. The students start with learning rate 0.003. Arguments as for `OneShotPlanner`, but the memory target has no effect.
+    runs on at most 200,000 voxels. The students start with learning rate 0.003. Arguments as for `OneShotPlanner`, but
+    the memory target has no effect.
     """
 
     def __init__(

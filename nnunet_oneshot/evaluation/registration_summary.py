@@ -10,6 +10,7 @@ from datetime import date
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from nnunet_oneshot.evaluation.registration_worker import METHODS
 
@@ -57,6 +58,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             **_figures(rows, method),
             "dice_mean": _rounded(np.mean, means),
             "dice_sd_atlases": _rounded(_deviation, means),
+            "quality_spearman": _rounded(
+                np.mean, [v for figures in per_atlas.values() if (v := figures["quality_spearman"]) is not None]
+            ),
         }
         result[method] = {"all": overall, "atlases": per_atlas}
     pairs = {(row["atlas"], row["case"]) for row in rows}
@@ -100,7 +104,19 @@ def _figures(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
         "peak_memory_mb": _rounded(np.max, values("peak_memory_mb")),
         "peak_memory_to_syn": ratio("peak_memory_mb", np.max),
         "memory_above_start_mb": _rounded(np.max, above),
+        "quality_spearman": _rounded(
+            _rank_correlation, [row for row in own.values() if row.get("quality") and row["dice"] is not None]
+        ),
     }
+
+
+def _rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Spearman's rho of the similarity after registration and the true Dice; NaN where either is constant."""
+    similarity = [row["quality"]["similarity_after"] for row in rows]
+    dice = [row["dice"] for row in rows]
+    if len(set(similarity)) < 2 or len(set(dice)) < 2:
+        return float("nan")
+    return float(spearmanr(similarity, dice).statistic)
 
 
 def summary_markdown(summary: Mapping[str, Any]) -> str:
@@ -125,6 +141,16 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
         chosen = {m: content["atlases"][atlas] for m, content in methods.items() if atlas in content["atlases"]}
         lines += ["", f"## Atlas {atlas}", "", *_table(chosen, over_atlases=False)]
     lines += ["", "## Dice of each label over all pairs", "", *_label_table(methods)]
+    for method, content in methods.items():
+        if content["all"]["quality_spearman"] is not None:
+            values = ", ".join(f"{a} {_cell(f['quality_spearman'], 2)}" for a, f in content["atlases"].items())
+            lines += [
+                "",
+                "## Quality without labels",
+                "",
+                f"Spearman's rho of the similarity after registration, by which pairs are flagged, and the true Dice, "
+                f"{method}: {_cell(content['all']['quality_spearman'], 2)} in the mean over atlases ({values}).",
+            ]
     settings = json.dumps(summary["registration"])
     return "\n".join([*lines, "", "## Methods", "", _NOTES, "", f"Our settings: `{settings}`"]) + "\n"
 

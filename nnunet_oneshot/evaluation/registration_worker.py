@@ -101,17 +101,17 @@ def measure(
 
     Returns:
         ``seconds`` and ``cpu_seconds`` (all threads) from the images in memory to the transform, ``peak_memory_mb`` of
-        this process until then (MiB, None where the system does not tell), and ``places``: (3, U, V, W) float32, where
-        every voxel of the case is read in the atlas, voxel coordinates.
+        this process until then (MiB, None where the system does not tell), ``places``: (3, U, V, W) float32, where
+        every voxel of the case is read in the atlas, voxel coordinates, and for ``"ours"`` the ``quality`` figures.
     """
     cpu, started = time.process_time(), time.perf_counter()
-    places = _register(method, case, atlas, config=config, seed=seed, device=device)
+    places, quality = _register(method, case, atlas, config=config, seed=seed, device=device)
     figures = {
         "seconds": round(time.perf_counter() - started, 4),
         "cpu_seconds": round(time.process_time() - cpu, 4),
         "peak_memory_mb": memory_mb()[1],
     }
-    return {**figures, "places": places()}
+    return {**figures, **({"quality": quality} if quality else {}), "places": places()}
 
 
 def memory_mb() -> tuple[float | None, float | None]:
@@ -141,8 +141,8 @@ def _register(
     config: RegistrationConfig,
     seed: int,
     device: str,
-) -> Callable[[], np.ndarray]:
-    """Finds the transform of one method; the function that is returned reads it at every voxel of the case."""
+) -> tuple[Callable[[], np.ndarray], dict[str, Any]]:
+    """Finds the transform of one method: a function that reads it at every voxel of the case, and quality figures."""
     (case_image, case_spacing), (atlas_image, atlas_spacing) = case, atlas
     if method == "ours":
         from nnunet_oneshot.registration.pairs import register_arrays
@@ -156,7 +156,7 @@ def _register(
             config=config,
             device=device,
         )
-        return lambda: atlas_coordinates(registration).numpy()
+        return lambda: atlas_coordinates(registration).numpy(), registration.quality
 
     from nnunet_oneshot.evaluation import itk_baselines as itk
     from nnunet_oneshot.registration.affine import register_affine
@@ -194,7 +194,7 @@ def _register(
         found = itk.read_places(transform, fixed, atlas_spacing)
         return np.concatenate([np.zeros_like(found[:1]), found])[:, None] if flat else found
 
-    return places
+    return places, {}
 
 
 def _load_libraries(method: str) -> None:

@@ -165,6 +165,7 @@ def test_pairs_are_recorded_and_measured_once(tiny, tmp_path, capsys):
     status, rows = tiny(*chosen, "--cases", 2)
     assert status == 0 and len(rows) == 12
     assert [row["method"] for row in rows[:3]] == ["affine", "ours", "demons"]
+    assert "similarity_after" in rows[1]["quality"] and "quality" not in rows[0]
     pairs = {(row["atlas"], row["case"]) for row in rows}
     assert len(pairs) == 4 and all(atlas != case for atlas, case in pairs)
     for row in rows:
@@ -253,3 +254,20 @@ def test_summary_is_over_atlases_and_against_syn():
     assert overall["memory_above_start_mb"] == 240
     assert methods["ours"]["atlases"]["y"]["seconds_to_syn"] is None
     assert methods["syn"]["all"]["dice_sd_atlases"] is None
+    assert methods["ours"]["all"]["quality_spearman"] is None
+
+
+def test_similarity_is_held_against_dice_within_each_atlas():
+    def pairs(atlas, level, values):
+        return [
+            row("ours", atlas, str(i), value, 1.0, quality={"similarity_after": level + i})
+            for i, value in enumerate(values)
+        ]
+
+    rows = [*pairs("x", 0.0, [0.5, 0.6, 0.7]), *pairs("y", 9.0, [0.2, 0.4, 0.3]), row("syn", "x", "0", 0.5, 1.0)]
+    unscored = row("ours", "x", "9", None, 1.0, hd95=None, quality={"similarity_after": -1.0})
+    methods = summarise([*rows, unscored])["methods"]
+    assert methods["ours"]["atlases"]["x"]["quality_spearman"] == 1.0
+    assert methods["ours"]["atlases"]["y"]["quality_spearman"] == 0.5
+    assert methods["ours"]["all"]["quality_spearman"] == 0.75
+    assert methods["syn"]["all"]["quality_spearman"] is None

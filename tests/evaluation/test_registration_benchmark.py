@@ -130,7 +130,8 @@ def test_slices_are_registered_in_two_dimensions():
     image = texture((1, 24, 22))[None]
     for method in ("affine", "ours", "demons"):
         found = measure(method, (image, SPACING), (image, SPACING), config=CONFIG, seed=0, device="cpu")
-        assert found["places"] == pytest.approx(np.indices(image.shape[1:]), abs=0.5)
+        error = np.abs(found["places"] - np.indices(image.shape[1:]))
+        assert error.mean() < 0.1 and error.max() < 1
         assert benchmark.folded_share(torch.from_numpy(found["places"])) == 0
 
 

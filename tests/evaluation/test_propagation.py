@@ -53,8 +53,9 @@ def test_correction_moves_labels_to_the_edges_of_the_image(prepared_dataset, tmp
     dataset = prepared_dataset()
     found = {}
     for name, method, strength in (("a", "affine", 0), ("b", "corrected", 0), ("c", "corrected", 1)):
-        # Without iterations the labels are those of the affine stage, which leaves room for correction.
-        settings = {"registration": {"refine_iterations": [0]}, "distillation": {"posterior_strength": strength}}
+        # Where only centres are laid on each other there is room for correction.
+        registration = {"affine": False, "refine_iterations": [0]}
+        settings = {"registration": registration, "distillation": {"posterior_strength": strength}}
         monkeypatch.setenv("nnUNet_oneshot_overrides", json.dumps(settings))
         assert propagate(dataset, tmp_path / name, "--method", method) == 0
         found[name] = json.loads((tmp_path / name / "summary.json").read_text())["foreground_mean"]["Dice"]

@@ -110,19 +110,19 @@ def register_affine(
                 _shifted(fixed_image), _shifted(moving_image), sitk.AffineTransform(dim), operation
             )
             starts.append((name, start))
-    candidates = []
+    coarse = []
     for name, start in starts:
         with contextlib.suppress(RuntimeError):
             # Where the images stop overlapping on the way, this start leads nowhere and the others remain.
-            coarse = _optimise(fixed_image, moving_image, start, shrink=2, metric=metric)
-            candidates.append((name, coarse, _metric(fixed_image, moving_image, coarse, metric)))
-    candidates.sort(key=lambda candidate: _order(candidate[2]))
-    for name, coarse, _ in candidates[:1]:
+            affine = _optimise(fixed_image, moving_image, start, shrink=2, metric=metric)
+            coarse.append((name, affine, _metric(fixed_image, moving_image, affine, metric)))
+    # Identity is the first among equals: nothing is moved for the same metric.
+    candidates = [("identity", geometry, before), *coarse]
+    if coarse:
+        name, start, _ = min(coarse, key=lambda candidate: _order(candidate[2]))
         with contextlib.suppress(RuntimeError):
-            fine = _optimise(fixed_image, moving_image, coarse, shrink=1, metric=metric)
-            candidates.append((name, fine, _metric(fixed_image, moving_image, fine, metric)))
-    # First among equals: nothing is moved for the same metric.
-    candidates.insert(0, ("identity", geometry, before))
+            affine = _optimise(fixed_image, moving_image, start, shrink=1, metric=metric)
+            candidates.append((name, affine, _metric(fixed_image, moving_image, affine, metric)))
     name, best, after = min(candidates, key=lambda candidate: _order(candidate[2]))
     matrix = _voxel_matrix(best, fixed_frame, moving_frame)
     if name == "identity" or not np.all(np.isfinite(matrix)):

@@ -14,7 +14,7 @@ from nnunet_oneshot.registration.functional import (
     integrate_on,
     resize,
     scale_vectors,
-    similarity_to,
+    similarity_loss_to,
     warp,
 )
 from nnunet_oneshot.registration.multimodal import mind_ssc
@@ -86,7 +86,7 @@ def refine_velocity(
         else:
             parameter = resize(scale_vectors(velocity, grid, shape), coarse).detach().clone()
         parameter.requires_grad_(True)
-        dissimilarity = similarity_to(fixed_level, mask_level, similarity=similarity, kernel=config.lncc_kernel)
+        dissimilarity = similarity_loss_to(fixed_level, mask_level, similarity=similarity, kernel=config.lncc_kernel)
         optimizer = torch.optim.Adam([parameter], lr=config.refine_learning_rate)
         for _ in range(iterations):
             optimizer.zero_grad(set_to_none=True)

@@ -220,10 +220,10 @@ def squared_local_correlation(
     return covariance * covariance / (variance_1 * variance_2 + 1e-5)
 
 
-def similarity_to(
+def similarity_loss_to(
     fixed: Tensor, mask: Tensor | None = None, *, similarity: str = "lncc", kernel: int = 7
 ) -> Callable[[Tensor], Tensor]:
-    """Dissimilarity of any image to ``fixed``; what depends on ``fixed`` alone is computed once.
+    """`similarity_loss` of any image to ``fixed``; what depends on ``fixed`` alone is computed once.
 
     Args:
         fixed: (B, C, *grid).
@@ -273,7 +273,7 @@ def similarity_loss(
     Returns:
         (B,), the mean over channels and observed places of each pair.
     """
-    return similarity_to(fixed, mask, similarity=similarity, kernel=kernel)(warped)
+    return similarity_loss_to(fixed, mask, similarity=similarity, kernel=kernel)(warped)
 
 
 def diffusion_energy(velocity: Tensor, spacing: Sequence[float]) -> Tensor:

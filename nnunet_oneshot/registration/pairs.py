@@ -20,7 +20,7 @@ from nnunet_oneshot.registration.functional import (
     inverse_residual,
     jacobian_determinant,
     scale_vectors,
-    similarity_loss,
+    similarity_loss_to,
     warp,
 )
 from nnunet_oneshot.registration.grid import RegistrationGrid
@@ -160,9 +160,8 @@ class AtlasRegistrar:
 
     def _quality(self, velocity: Tensor, atlas: Tensor, fixed: Tensor, mask: Tensor) -> list[dict]:
         displacement = integrate_on(velocity, self.grid.shape, steps=_QUALITY_STEPS)
-        options = {"similarity": "lncc", "kernel": self.config.lncc_kernel}
-        before = similarity_loss(atlas, fixed, mask, **options)
-        after = similarity_loss(warp(atlas, displacement), fixed, mask, **options)
+        dissimilarity = similarity_loss_to(fixed, mask, similarity="lncc", kernel=self.config.lncc_kernel)
+        before, after = dissimilarity(atlas), dissimilarity(warp(atlas, displacement))
         determinant = jacobian_determinant(displacement).flatten(1)
         edges = torch.tensor(self.grid.spacing, device=displacement.device).view(1, -1, *[1] * len(self.grid.shape))
         length = (displacement * edges).norm(dim=1).flatten(1)

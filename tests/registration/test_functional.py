@@ -167,3 +167,22 @@ def test_contrastive_loss_closed_form():
     # Positive and negative cosine are both 1: -log(1/2).
     ones = torch.ones(2, 4)
     assert fn.contrastive_loss(ones, ones).item() == pytest.approx(math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5, 4, 6)])
+def test_box_mean_is_that_of_the_cube_and_has_its_gradient(shape):
+    image = torch.rand(2, 2, *shape, dtype=torch.float64, requires_grad=True)
+    centre = (0, 1, *[2] * len(shape))
+    cube = image[(0, 1, *[slice(1, 4)] * len(shape))]
+    assert fn.box_mean(image, 3)[centre].item() == pytest.approx(cube.mean().item())
+    assert torch.autograd.gradcheck(lambda x: fn.box_mean(x, 3), image)
+
+
+@pytest.mark.parametrize("similarity", ["lncc", "mse", "mind", "nmi"])
+def test_loss_to_one_image_serves_many(similarity):
+    fixed, first, second = torch.rand(3, 2, 1, 9, 8, 10)
+    mask = (torch.rand(2, 1, 9, 8, 10) > 0.3).float()
+    loss = fn.similarity_loss_to(fixed, mask, similarity=similarity, kernel=5)
+    for image in (first, second):
+        assert torch.equal(loss(image), fn.similarity_loss(image, fixed, mask, similarity=similarity, kernel=5))
+    assert not torch.allclose(loss(first), loss(second), atol=1e-7)

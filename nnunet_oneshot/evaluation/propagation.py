@@ -154,7 +154,11 @@ class _Propagator:
         self.registrations = registrations
         self.labels = [int(label) for label in prepared.label_manager.all_labels]
         self.atlases = {
-            atlas: (prepared.image(atlas), prepared.segmentation(atlas), prepared.spacing(prepared.properties(atlas)))
+            atlas: (
+                prepared.registration_image(atlas),
+                prepared.segmentation(atlas),
+                prepared.spacing(prepared.properties(atlas)),
+            )
             for atlas in atlases
         }
 
@@ -190,7 +194,8 @@ class _Propagator:
         return (corrected[0, 0].numpy() == np.arange(len(self.labels))[:, None, None, None]).astype(np.float32)
 
     def _probabilities(self, atlas: str, case: str, image: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-        """Warped label masks (labels, X, Y, Z) of one atlas."""
+        """Warped label masks (labels, X, Y, Z) of one atlas on a preprocessed image (C, X, Y, Z)."""
+        image = self.prepared.with_outline(image)
         atlas_image, atlas_segmentation, atlas_spacing = self.atlases[atlas]
         if self.method == "syn":
             from nnunet_oneshot.evaluation.syn import syn_label_probabilities

@@ -168,7 +168,10 @@ class _Pair:
     def load(cls, prepared: PreparedDataset, atlas: str, case: str) -> _Pair:
         segmentation = prepared.segmentation(atlas)
         return cls(
-            *((prepared.image(name), prepared.spacing(prepared.properties(name))) for name in (case, atlas)),
+            *(
+                (prepared.registration_image(name), prepared.spacing(prepared.properties(name)))
+                for name in (case, atlas)
+            ),
             prepared.segmentation(case),
             segmentation,
             {name: value for name, value in prepared.score_labels().items() if np.isin(segmentation, value).any()},

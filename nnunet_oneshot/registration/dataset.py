@@ -21,12 +21,13 @@ from nnunet_oneshot.io import atomic_path, writing
 from nnunet_oneshot.registration.cache import FOLDER, Registration, RegistrationCache
 from nnunet_oneshot.registration.figure import registration_figure
 from nnunet_oneshot.registration.network_store import load_or_fit_network
+from nnunet_oneshot.registration.outline import restore_outline
 from nnunet_oneshot.registration.pairs import AtlasRegistrar
 from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case
 
 # Voxels of the registration grid optimised together: small grids share the overhead of a step.
 _BATCH_VOXELS = 600_000
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 def register_dataset(
@@ -140,7 +141,10 @@ class PreparedImages:
         return self.configuration
 
     def image(self, case: str) -> np.ndarray:
-        """(C, X, Y, Z)."""
+        """(C, X, Y, Z), as it is registered: with the outline that masked normalisation hides."""
+        return restore_outline(self._preprocessed(case), self.configuration.use_mask_for_norm)
+
+    def _preprocessed(self, case: str) -> np.ndarray:
         return np.asarray(load_image(self.folder, case), np.float32)
 
     def segmentation(self, atlas: str) -> np.ndarray:
@@ -157,7 +161,7 @@ class PreparedImages:
 
     def digest(self, case: str) -> str:
         """Checksum of the preprocessed image."""
-        image = self.image(case)
+        image = self._preprocessed(case)
         return _digest(str(image.shape).encode() + np.ascontiguousarray(image).tobytes())
 
 

@@ -64,9 +64,9 @@ def register_affine(
     """Registers ``moving`` to ``fixed`` with an affine transform.
 
     Each start (the initial map where there is one, centres of the grids, centres of mass) is optimised at half
-    resolution, and the best of them by the metric at full resolution. A map that stretches or shrinks any direction more
-    than twofold is discarded. Where nothing beats the initial map or laying the centres on each other, the better of
-    these is the result. Single-threaded inside, so that equal inputs give equal
+    resolution, and the best of them by the metric at full resolution. A map that stretches or shrinks any direction
+    more than twofold is discarded. Where nothing beats the initial map or laying the centres on each other, the better
+    of these is the result. Single-threaded inside, so that equal inputs give equal
     results.
 
     Args:

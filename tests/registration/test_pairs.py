@@ -87,6 +87,21 @@ def test_constant_images_fall_back_to_the_centres():
     assert np.allclose(result.matrix, np.eye(4))
 
 
+def test_affine_that_stretches_more_than_twofold_is_discarded(monkeypatch):
+    """A small ball is explained best by stretching it threefold, which no anatomy does."""
+    axes = np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij")
+    radius = np.sqrt(sum(axis**2 for axis in axes))
+    small, large = ((1 / (1 + np.exp(radius - edge)))[None].astype(np.float32) for edge in (4, 12))
+
+    def largest_stretch():
+        result = register_affine(small, large, fixed_spacing=(1, 1, 1), moving_spacing=(1, 1, 1))
+        return np.linalg.svd(result.matrix[:3, :3], compute_uv=False).max()
+
+    assert largest_stretch() <= 2
+    monkeypatch.setattr("nnunet_oneshot.registration.affine._LARGEST_STRETCH", np.inf)
+    assert largest_stretch() > 2
+
+
 @pytest.mark.parametrize("shape", [(1, 40, 36), (28, 26, 24)])
 def test_known_smooth_deformation_is_recovered(shape):
     atlas = blobs(shape[shape[0] == 1 :] if shape[0] == 1 else shape)

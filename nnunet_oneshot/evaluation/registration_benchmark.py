@@ -180,7 +180,7 @@ class _Pair:
 
     def measure(self, worker: Worker) -> dict[str, Any]:
         """What one line of ``pairs.jsonl`` holds: scores, folding, time and memory."""
-        found = worker.measure(self.case, self.atlas)
+        found = worker.measure(self.case, self.atlas, self.atlas_segmentation)
         places = torch.from_numpy(found.pop("places"))
         segmentation = torch.from_numpy(np.ascontiguousarray(self.atlas_segmentation, dtype=np.int16))
         scores = score_segmentation(

@@ -45,7 +45,7 @@ def register_dataset(
 ) -> RegistrationCache:
     """Registers every atlas to every case, skipping pairs that are cached and unchanged.
 
-    Only images are read, and of labels only the atlases', for the pictures.
+    Only images are read, and of labels only the atlases', for the pictures and for the quality around them.
 
     Args:
         plans: The plans.
@@ -99,7 +99,12 @@ def register_dataset(
     needed = keys if "network" in config.registration.method else missing
     for atlas in sorted({atlas for atlas, _ in needed}):
         registrars[atlas] = AtlasRegistrar(
-            atlas, dataset.image(atlas), dataset.spacing(atlas), config=config.registration, device=device
+            atlas,
+            dataset.image(atlas),
+            dataset.spacing(atlas),
+            config=config.registration,
+            device=device,
+            foreground=dataset.segmentation(atlas) > 0,
         )
     with writing(cache.folder):
         cache.folder.mkdir(parents=True, exist_ok=True)

@@ -196,3 +196,21 @@ def test_registration_grid_respects_the_limit_and_covers_the_atlas():
     assert np.prod(grid.shape) <= 60_000
     assert grid.shape[2] == 20
     assert np.allclose(np.array(grid.shape) * grid.spacing, [100, 200, 100])
+
+
+def test_similarity_at_labels_is_that_of_their_surroundings():
+    atlas = blobs((28, 26, 24))
+    case = atlas.copy()
+    case[:, 14:] = np.random.default_rng(0).normal(size=case[:, 14:].shape)
+    low, high = np.zeros((1, 28, 26, 24), np.int16), np.zeros((1, 28, 26, 24), np.int16)
+    low[:, 4:7, 10:14, 10:14] = 2
+    high[:, 20:24, 10:14, 10:14] = 1
+    spacing = (1.0, 1.0, 1.0)
+    settings = {"atlas_spacing": spacing, "case_spacing": spacing, "config": RegistrationConfig(affine=False)}
+
+    at_low, at_high = (register_arrays(atlas, case, **settings, atlas_labels=labels) for labels in (low, high))
+    without = register_arrays(atlas, case, **settings)
+
+    assert at_low.quality["similarity_at_labels"] > 0.8 > 0.5 > at_high.quality["similarity_at_labels"]
+    assert "similarity_at_labels" not in without.quality
+    assert np.array_equal(at_low.velocity, without.velocity)

@@ -168,8 +168,9 @@ def register_pair(
     grid. ``displacement.nii.gz`` is for SimpleITK's ``DisplacementFieldTransform`` and turns the moving file into the
     warped one. ``figure.png`` shows the moving image before registration, the fixed image, the warped image, the warped
     labels on the fixed image, and a grid of the moving image. ``quality.json`` holds squared local correlations before
-    registration, after its affine stage and at its end (with labels also around these alone), folding and Jacobian statistics, inverse consistency, the share
-    of fixed voxels that the moving image shows (``overlap``), seconds, and the peak memory of the process in MiB.
+    registration, after its affine stage and at its end (with labels also that around them), folding and Jacobian
+    statistics, inverse consistency, the share of fixed voxels that the moving image shows (``overlap``), seconds, and
+    the peak memory of the process in MiB.
 
     Args:
         fixed: Path, or one path a channel (as a list, or joined by commas).

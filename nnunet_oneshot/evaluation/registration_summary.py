@@ -25,7 +25,8 @@ _NOTES = """\
 - demons: SimpleITK, fast symmetric forces demons after histogram matching, three levels.
 
 Methods got the same preprocessed images, with the outline that masked normalisation hides; those other than ours, past
-the affine stage, the mean of the channels. Labels only score. All methods warp them alike: linear interpolation of each label's indicator at the place that the method
+the affine stage, the mean of the channels. Labels only score. All methods warp them alike: linear interpolation of each
+label's indicator at the place that the method
 found, then the largest. Dice and HD95 are means over the labels that the atlas shows, on the preprocessed grid; zeros
 count, a label that is not found has Dice 0 and as HD95 the diagonal of the image, and a label that neither the warped
 atlas nor the case shows is left out. Folding is the share of the case's voxels with a Jacobian determinant <= 0.

@@ -32,6 +32,9 @@ class RegistrationConfig:
         integration_steps: Scaling-and-squaring steps.
         refine_iterations: Adam steps of the per-pair optimisation at each resolution level, coarse to fine.
         refine_learning_rate: Adam step size, voxels of the registration grid.
+        search_reach: Largest displacement along an axis that is searched for before the per-pair optimisation, as a share
+            of the edge of the field of view; 0 leaves the search out. Each pair keeps what is found from there only
+            where it has the lower loss.
         network_iterations: Training steps of the registration network.
         network_batch_size: Pairs a step; the contrastive term needs at least 2.
         network_learning_rate: Adam step size of the network.
@@ -49,6 +52,7 @@ class RegistrationConfig:
     integration_steps: int = 5
     refine_iterations: tuple[int, ...] = (30, 30, 10)
     refine_learning_rate: float = 0.5
+    search_reach: float = 0.2
     network_iterations: int = 1000
     network_batch_size: int = 2
     network_learning_rate: float = 1e-3
@@ -198,6 +202,7 @@ _PROBABILITIES = (
     "student_start",
     "student_share",
     "average_decay",
+    "search_reach",
 )
 _AT_LEAST_ONE = ("corruption_block", "levels")
 _NESTED = {

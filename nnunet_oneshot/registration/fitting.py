@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.registration.functional import (
     diffusion_energy,
+    downsample,
+    folding,
     integrate_on,
     resize,
     scale_vectors,
@@ -18,6 +19,7 @@ from nnunet_oneshot.registration.functional import (
     warp,
 )
 from nnunet_oneshot.registration.multimodal import mind_ssc
+from nnunet_oneshot.registration.search import searched_velocity
 
 # No level is coarser than this many voxels on its shortest axis: less holds no anatomy.
 _COARSEST_EDGE = 12
@@ -34,13 +36,6 @@ def level_shapes(shape: Sequence[int], levels: int) -> list[tuple[int, ...]]:
     for level in reversed(range(levels)):
         shapes.append(tuple(max(min(n, _COARSEST_EDGE), round(n / 2**level)) for n in shape))
     return shapes
-
-
-def downsample(image: Tensor, shape: Sequence[int]) -> Tensor:
-    """Area average of (B, C, *grid) onto (B, C, *shape)."""
-    if tuple(image.shape[2:]) == tuple(shape):
-        return image
-    return F.adaptive_avg_pool2d(image, shape) if image.ndim == 4 else F.adaptive_avg_pool3d(image, shape)
 
 
 def refine_velocity(
@@ -67,36 +62,79 @@ def refine_velocity(
         (B, D, *velocity_shape) velocity fields, voxels of the grid.
     """
     grid = tuple(fixed.shape[2:])
-    dim = len(grid)
     shapes = level_shapes(grid, len(config.refine_iterations))
+    searched = None
+    if initial is None and config.search_reach > 0 and any(config.refine_iterations):
+        searched = searched_velocity(atlas, fixed, mask, spacing=spacing, reach=config.search_reach)
     velocity = initial
     for index, (shape, iterations) in enumerate(zip(shapes, config.refine_iterations, strict=True)):
         if iterations == 0 or (initial is not None and index == 0 and len(shapes) > 1):
             continue
-        atlas_level, fixed_level, mask_level = (downsample(v, shape) for v in (atlas, fixed, mask))
+        coarse = velocity_shape(shape, config.velocity_downsample)
+        if velocity is None:
+            start = fixed.new_zeros((len(fixed), len(grid), *coarse))
+        else:
+            start = resize(scale_vectors(velocity, grid, shape), coarse)
+        level = _Level(atlas, fixed, mask, shape, spacing=spacing, config=config)
+        parameter = level.optimised(start, iterations)
+        if searched is not None:
+            other = level.optimised(resize(scale_vectors(searched, grid, shape), coarse), iterations)
+            parameter = level.better(parameter, other)
+            searched = None
+        velocity = scale_vectors(parameter, shape, grid)
+    if velocity is None:
+        return fixed.new_zeros((len(fixed), len(grid), *velocity_shape(grid, config.velocity_downsample)))
+    return resize(velocity, velocity_shape(grid, config.velocity_downsample))
+
+
+class _Level:
+    """The objective at one resolution level, and its optimisation; arguments as those of `refine_velocity`.
+
+    Velocity fields are (B, D, *velocity grid), voxels of the level's grid ``shape``.
+    """
+
+    def __init__(
+        self,
+        atlas: Tensor,
+        fixed: Tensor,
+        mask: Tensor,
+        shape: Sequence[int],
+        *,
+        spacing: Sequence[float],
+        config: RegistrationConfig,
+    ) -> None:
+        self._shape, self._config = shape, config
+        atlas, level_fixed, mask = (downsample(v, shape) for v in (atlas, fixed, mask))
         similarity = config.similarity
         if similarity == "mind":
             # Descriptors are computed once and warped as they are; a small rotation of them is neglected.
-            atlas_level, fixed_level, similarity = mind_ssc(atlas_level), mind_ssc(fixed_level), "mse"
-        edges = [s * g / n for s, g, n in zip(spacing, grid, shape, strict=True)]
-        coarse = velocity_shape(shape, config.velocity_downsample)
-        coarse_edges = [e * n / c for e, n, c in zip(edges, shape, coarse, strict=True)]
-        if velocity is None:
-            parameter = fixed.new_zeros((len(fixed), dim, *coarse))
-        else:
-            parameter = resize(scale_vectors(velocity, grid, shape), coarse).detach().clone()
-        parameter.requires_grad_(True)
-        dissimilarity = similarity_loss_to(fixed_level, mask_level, similarity=similarity, kernel=config.lncc_kernel)
-        optimizer = torch.optim.Adam([parameter], lr=config.refine_learning_rate)
+            atlas, level_fixed, similarity = mind_ssc(atlas), mind_ssc(level_fixed), "mse"
+        self._atlas = atlas.expand(len(fixed), -1, *shape)
+        self._coarse = velocity_shape(shape, config.velocity_downsample)
+        self._edges = [s * g / c for s, g, c in zip(spacing, fixed.shape[2:], self._coarse, strict=True)]
+        self._dissimilarity = similarity_loss_to(level_fixed, mask, similarity=similarity, kernel=config.lncc_kernel)
+
+    def loss(self, velocity: Tensor) -> Tensor:
+        """Dissimilarity plus weighted diffusion energy, (B,)."""
+        displacement = self._displacement(velocity)
+        energy = diffusion_energy(scale_vectors(velocity, self._shape, self._coarse), self._edges)
+        return self._dissimilarity(warp(self._atlas, displacement)) + self._config.smoothness * energy
+
+    def optimised(self, start: Tensor, iterations: int) -> Tensor:
+        """The velocity fields after so many steps of Adam."""
+        parameter = start.detach().clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([parameter], lr=self._config.refine_learning_rate)
         for _ in range(iterations):
             optimizer.zero_grad(set_to_none=True)
-            displacement = integrate_on(parameter, shape, steps=config.integration_steps)
-            warped = warp(atlas_level.expand(len(fixed), -1, *shape), displacement)
-            energy = diffusion_energy(scale_vectors(parameter, shape, coarse), coarse_edges)
-            loss = dissimilarity(warped) + config.smoothness * energy
-            loss.sum().backward()
+            self.loss(parameter).sum().backward()
             optimizer.step()
-        velocity = scale_vectors(parameter.detach(), shape, grid)
-    if velocity is None:
-        return fixed.new_zeros((len(fixed), dim, *velocity_shape(grid, config.velocity_downsample)))
-    return resize(velocity, velocity_shape(grid, config.velocity_downsample))
+        return parameter.detach()
+
+    @torch.no_grad()
+    def better(self, first: Tensor, second: Tensor) -> Tensor:
+        """Of each pair the second field where its loss is lower and its flow does not fold, else the first."""
+        chosen = (self.loss(second) < self.loss(first)) & (folding(self._displacement(second)) == 0)
+        return torch.where(chosen.view(-1, *[1] * (first.ndim - 1)), second, first)
+
+    def _displacement(self, velocity: Tensor) -> Tensor:
+        return integrate_on(velocity, self._shape, steps=self._config.integration_steps)

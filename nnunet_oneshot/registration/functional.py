@@ -74,6 +74,13 @@ def resize(field: Tensor, shape: Sequence[int]) -> Tensor:
     return F.interpolate(field, size=tuple(shape), mode=_LINEAR[field.ndim - 2], align_corners=False)
 
 
+def downsample(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """Area average of (B, C, *grid) onto (B, C, *shape)."""
+    if tuple(image.shape[2:]) == tuple(shape):
+        return image
+    return F.adaptive_avg_pool2d(image, shape) if image.ndim == 4 else F.adaptive_avg_pool3d(image, shape)
+
+
 def scale_vectors(field: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
     """Vectors (B, D, *any) in voxels of a grid of shape ``source``, in voxels of a grid of shape ``target`` over the
     same field of view."""

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunet_oneshot.registration.fitting import downsample
-from nnunet_oneshot.registration.functional import identity_grid, sample_at, transform_points
+from nnunet_oneshot.registration.functional import downsample, identity_grid, sample_at, transform_points
 
 # An axis is not thinned out below this.
 _MINIMUM_EDGE = 16

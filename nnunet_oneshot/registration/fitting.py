@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from nnunet_oneshot.registration.functional import (
     warp,
 )
 from nnunet_oneshot.registration.multimodal import mind_ssc
+
+if TYPE_CHECKING:
+    from nnunet_oneshot.registration.label_guide import LabelGuide
 
 # No level is coarser than this many voxels on its shortest axis: less holds no anatomy.
 _COARSEST_EDGE = 12
@@ -51,6 +55,7 @@ def refine_velocity(
     spacing: Sequence[float],
     config: RegistrationConfig,
     initial: Tensor | None = None,
+    guide: LabelGuide | None = None,
 ) -> Tensor:
     """Finds the velocity fields that warp the atlas onto each fixed image, by Adam on similarity and smoothness.
 
@@ -62,6 +67,7 @@ def refine_velocity(
         config: Similarity, weights, iterations at each level (coarse to fine).
         initial: (B, D, *velocity grid) start, voxels of the grid; None is zero, and all levels are run. With a start
             only the levels from the second on are run.
+        guide: Labels that are to match too, with the weight ``config.guide_weight``.
 
     Returns:
         (B, D, *velocity_shape) velocity fields, voxels of the grid.
@@ -87,6 +93,7 @@ def refine_velocity(
             parameter = resize(scale_vectors(velocity, grid, shape), coarse).detach().clone()
         parameter.requires_grad_(True)
         dissimilarity = similarity_loss_to(fixed_level, mask_level, similarity=similarity, kernel=config.lncc_kernel)
+        disagreement = None if guide is None else guide.loss_on(shape)
         optimizer = torch.optim.Adam([parameter], lr=config.refine_learning_rate)
         for _ in range(iterations):
             optimizer.zero_grad(set_to_none=True)
@@ -94,6 +101,8 @@ def refine_velocity(
             warped = warp(atlas_level.expand(len(fixed), -1, *shape), displacement)
             energy = diffusion_energy(scale_vectors(parameter, shape, coarse), coarse_edges)
             loss = dissimilarity(warped) + config.smoothness * energy
+            if disagreement is not None:
+                loss = loss + config.guide_weight * disagreement(displacement)
             loss.sum().backward()
             optimizer.step()
         velocity = scale_vectors(parameter.detach(), shape, grid)

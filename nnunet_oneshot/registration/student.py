@@ -100,11 +100,8 @@ class Student:
         """
         groups = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
         masks = [np.isin(segmentation[0], np.atleast_1d(group)) for group in groups]
-        return np.stack([*masks, segmentation[0] != self._ignored]).astype(np.float32)
-
-    @property
-    def _ignored(self) -> int | None:
-        return self.labels.ignore_label if self.labels.has_ignore_label else None
+        ignored = [self.labels.ignore_label] if self.labels.has_ignore_label else []
+        return np.stack([*masks, ~np.isin(segmentation[0], ignored)]).astype(np.float32)
 
     @cached_property
     def _predictor(self):

@@ -114,6 +114,16 @@ class PreparedDataset:
         """Preprocessed image (C, X, Y, Z) float32."""
         return load_image(str(self.folder), case).astype(np.float32)
 
+    def registration_image(self, case: str) -> np.ndarray:
+        """Preprocessed image (C, X, Y, Z) float32 as it is registered; see `with_outline`."""
+        return self.with_outline(self.image(case))
+
+    def with_outline(self, image: np.ndarray) -> np.ndarray:
+        """A preprocessed image (C, X, Y, Z) with the outline that masked normalisation hides."""
+        from nnunet_oneshot.registration.outline import restore_outline
+
+        return restore_outline(image, self.configuration_manager.use_mask_for_norm)
+
     def segmentation(self, case: str) -> np.ndarray:
         """Preprocessed label map (1, X, Y, Z) of a labelled case."""
         return np.asarray(self.cases.load_case(case)[1][:])

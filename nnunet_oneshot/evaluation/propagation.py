@@ -177,7 +177,11 @@ class _Propagator:
         self.registrations, self.student = registrations, student
         self.labels = [int(label) for label in prepared.label_manager.all_labels]
         self.atlases = {
-            atlas: (prepared.image(atlas), prepared.segmentation(atlas), prepared.spacing(prepared.properties(atlas)))
+            atlas: (
+                prepared.registration_image(atlas),
+                prepared.segmentation(atlas),
+                prepared.spacing(prepared.properties(atlas)),
+            )
             for atlas in atlases
         }
 
@@ -213,7 +217,8 @@ class _Propagator:
         return (corrected[0, 0].numpy() == np.arange(len(self.labels))[:, None, None, None]).astype(np.float32)
 
     def _probabilities(self, atlas: str, case: str, image: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-        """Warped label masks (labels, X, Y, Z) of one atlas."""
+        """Warped label masks (labels, X, Y, Z) of one atlas on a preprocessed image (C, X, Y, Z)."""
+        preprocessed, image = image, self.prepared.with_outline(image)
         atlas_image, atlas_segmentation, atlas_spacing = self.atlases[atlas]
         if self.method == "syn":
             from nnunet_oneshot.evaluation.syn import syn_label_probabilities
@@ -234,7 +239,7 @@ class _Propagator:
                 image,
                 atlas_spacing=atlas_spacing,
                 case_spacing=spacing,
-                guide=self._guide(atlas_segmentation, image),
+                guide=self._guide(atlas_segmentation, preprocessed),
                 config=self.registration,
                 device=self.device,
             )

@@ -168,7 +168,10 @@ class _Pair:
     def load(cls, prepared: PreparedDataset, atlas: str, case: str) -> _Pair:
         segmentation = prepared.segmentation(atlas)
         return cls(
-            *((prepared.image(name), prepared.spacing(prepared.properties(name))) for name in (case, atlas)),
+            *(
+                (prepared.registration_image(name), prepared.spacing(prepared.properties(name)))
+                for name in (case, atlas)
+            ),
             prepared.segmentation(case),
             segmentation,
             {name: value for name, value in prepared.score_labels().items() if np.isin(segmentation, value).any()},
@@ -177,7 +180,7 @@ class _Pair:
 
     def measure(self, worker: Worker) -> dict[str, Any]:
         """What one line of ``pairs.jsonl`` holds: scores, folding, time and memory."""
-        found = worker.measure(self.case, self.atlas)
+        found = worker.measure(self.case, self.atlas, self.atlas_segmentation)
         places = torch.from_numpy(found.pop("places"))
         segmentation = torch.from_numpy(np.ascontiguousarray(self.atlas_segmentation, dtype=np.int16))
         scores = score_segmentation(

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from nnunet_oneshot.evaluation.registration_worker import METHODS
+from nnunet_oneshot.registration.quality import telling_similarity
 
 REFERENCE = "syn"
 _NOTES = """\
@@ -23,8 +24,9 @@ _NOTES = """\
 - bspline: SimpleITK, cubic B-splines on cells of about 8 voxels, three levels, L-BFGS.
 - demons: SimpleITK, fast symmetric forces demons after histogram matching, three levels.
 
-Methods got the same preprocessed images; those other than ours, past the affine stage, the mean of the channels. Labels
-only score. All methods warp them alike: linear interpolation of each label's indicator at the place that the method
+Methods got the same preprocessed images, with the outline that masked normalisation hides; those other than ours, past
+the affine stage, the mean of the channels. Labels only score. All methods warp them alike: linear interpolation of each
+label's indicator at the place that the method
 found, then the largest. Dice and HD95 are means over the labels that the atlas shows, on the preprocessed grid; zeros
 count, a label that is not found has Dice 0 and as HD95 the diagonal of the image, and a label that neither the warped
 atlas nor the case shows is left out. Folding is the share of the case's voxels with a Jacobian determinant <= 0.
@@ -111,8 +113,8 @@ def _figures(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
 
 
 def _rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Spearman's rho of the similarity after registration and the true Dice; NaN where either is constant."""
-    similarity = [row["quality"]["similarity_after"] for row in rows]
+    """Spearman's rho of the similarity by which pairs are flagged and the true Dice; NaN where either is constant."""
+    similarity = [telling_similarity(row["quality"]) for row in rows]
     dice = [row["dice"] for row in rows]
     if len(set(similarity)) < 2 or len(set(dice)) < 2:
         return float("nan")

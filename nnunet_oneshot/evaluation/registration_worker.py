@@ -53,8 +53,13 @@ class Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def measure(self, case: Volume, atlas: Volume) -> dict[str, Any]:
+    def measure(self, case: Volume, atlas: Volume, atlas_labels: np.ndarray | None = None) -> dict[str, Any]:
         """Registers an atlas to a case.
+
+        Args:
+            case: Image and voxel edges.
+            atlas: Image and voxel edges.
+            atlas_labels: (1, X, Y, Z), for the ``quality`` figures of ``"ours"`` alone.
 
         Returns:
             What the function `measure` gives, and ``start_memory_mb``, resident once the libraries were loaded.
@@ -62,7 +67,7 @@ class Worker:
         Raises:
             OneShotError: The method failed on this pair, or its process ended.
         """
-        reply = self._ask((case, atlas))
+        reply = self._ask((case, atlas, atlas_labels))
         if "error" in reply:
             raise OneShotError(reply["error"])
         return reply
@@ -96,6 +101,7 @@ def measure(
     config: RegistrationConfig,
     seed: int,
     device: str,
+    atlas_labels: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Registers an atlas to a case in this process.
 
@@ -105,7 +111,7 @@ def measure(
         every voxel of the case is read in the atlas, voxel coordinates, and for ``"ours"`` the ``quality`` figures.
     """
     cpu, started = time.process_time(), time.perf_counter()
-    places, quality = _register(method, case, atlas, config=config, seed=seed, device=device)
+    places, quality = _register(method, case, atlas, config=config, seed=seed, device=device, atlas_labels=atlas_labels)
     figures = {
         "seconds": round(time.perf_counter() - started, 4),
         "cpu_seconds": round(time.process_time() - cpu, 4),
@@ -141,6 +147,7 @@ def _register(
     config: RegistrationConfig,
     seed: int,
     device: str,
+    atlas_labels: np.ndarray | None,
 ) -> tuple[Callable[[], np.ndarray], dict[str, Any]]:
     """Finds the transform of one method: a function that reads it at every voxel of the case, and quality figures."""
     (case_image, case_spacing), (atlas_image, atlas_spacing) = case, atlas
@@ -155,6 +162,7 @@ def _register(
             case_spacing=case_spacing,
             config=config,
             device=device,
+            atlas_labels=atlas_labels,
         )
         return lambda: atlas_coordinates(registration).numpy(), registration.quality
 
@@ -219,11 +227,12 @@ def _serve(method: str, requests: BinaryIO, replies: BinaryIO) -> None:
     answer({})
     while True:
         try:
-            case, atlas = pickle.load(requests)
+            case, atlas, atlas_labels = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer({**measure(method, case, atlas, **settings), "start_memory_mb": start})
+            found = measure(method, case, atlas, atlas_labels=atlas_labels, **settings)
+            answer({**found, "start_memory_mb": start})
         except Exception as error:  # whatever a library raises is the method's failure on this pair
             answer({"error": f"{type(error).__name__}: {error}"})
 

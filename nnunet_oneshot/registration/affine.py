@@ -11,6 +11,8 @@ import SimpleITK as sitk
 
 # Enough voxels for a 12-parameter transform; more only cost time.
 _FINEST_VOXELS = 250_000
+# A map that stretches any direction by more than this, or shrinks it by as much, has lost its way.
+_LARGEST_STRETCH = 2.0
 # Places, drawn with a fixed seed, at which the metric is evaluated at each step of the optimisation.
 _SAMPLES = 10_000
 
@@ -62,8 +64,9 @@ def register_affine(
     """Registers ``moving`` to ``fixed`` with an affine transform.
 
     Each start (the initial map where there is one, centres of the grids, centres of mass) is optimised at half
-    resolution, and the best of them by the metric at full resolution. Where nothing beats the initial map or laying the
-    centres on each other, the better of these is the result. Single-threaded inside, so that equal inputs give equal
+    resolution, and the best of them by the metric at full resolution. A map that stretches or shrinks any direction
+    more than twofold is discarded. Where nothing beats the initial map or laying the centres on each other, the better
+    of these is the result. Single-threaded inside, so that equal inputs give equal
     results.
 
     Args:
@@ -115,6 +118,8 @@ def register_affine(
         with contextlib.suppress(RuntimeError):
             # Where the images stop overlapping on the way, this start leads nowhere and the others remain.
             affine = _optimise(fixed_image, moving_image, start, shrink=2, metric=metric)
+            if not _is_plausible(affine):
+                continue
             coarse.append((name, affine, _metric(fixed_image, moving_image, affine, metric)))
     # Identity is the first among equals: nothing is moved for the same metric.
     candidates = [("identity", geometry, before), *coarse]
@@ -122,10 +127,11 @@ def register_affine(
         name, start, _ = min(coarse, key=lambda candidate: _order(candidate[2]))
         with contextlib.suppress(RuntimeError):
             affine = _optimise(fixed_image, moving_image, start, shrink=1, metric=metric)
-            candidates.append((name, affine, _metric(fixed_image, moving_image, affine, metric)))
+            if _is_plausible(affine):
+                candidates.append((name, affine, _metric(fixed_image, moving_image, affine, metric)))
     name, best, after = min(candidates, key=lambda candidate: _order(candidate[2]))
     matrix = _voxel_matrix(best, fixed_frame, moving_frame)
-    if name == "identity" or not np.all(np.isfinite(matrix)):
+    if name == "identity":
         return unchanged
     return AffineResult(matrix, name, before, after)
 
@@ -207,6 +213,16 @@ def _optimise(
     method.SetInitialTransform(start, inPlace=False)
     result = method.Execute(fixed_image, moving_image)
     return result.GetNthTransform(0).Downcast() if isinstance(result, sitk.CompositeTransform) else result.Downcast()
+
+
+def _is_plausible(transform: sitk.Transform) -> bool:
+    """Whether a linear transform between mm spaces is finite and stretches no direction too much."""
+    dim = transform.GetDimension()
+    linear = np.array(transform.GetMatrix()).reshape(dim, dim)
+    if not np.all(np.isfinite([*transform.GetMatrix(), *transform.GetTranslation()])):
+        return False
+    stretches = np.linalg.svd(linear, compute_uv=False)
+    return bool(stretches[0] <= _LARGEST_STRETCH and stretches[-1] >= 1 / _LARGEST_STRETCH)
 
 
 def _voxel_matrix(transform: sitk.Transform, fixed_frame: np.ndarray, moving_frame: np.ndarray) -> np.ndarray:

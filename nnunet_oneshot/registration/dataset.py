@@ -21,13 +21,14 @@ from nnunet_oneshot.io import atomic_path, writing
 from nnunet_oneshot.registration.cache import FOLDER, Registration, RegistrationCache
 from nnunet_oneshot.registration.figure import registration_figure
 from nnunet_oneshot.registration.network_store import load_or_fit_network
+from nnunet_oneshot.registration.outline import restore_outline
 from nnunet_oneshot.registration.pairs import AtlasRegistrar
 from nnunet_oneshot.registration.student import guided_by
 from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case
 
 # Voxels of the registration grid optimised together: small grids share the overhead of a step.
 _BATCH_VOXELS = 600_000
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 def register_dataset(
@@ -46,8 +47,8 @@ def register_dataset(
 ) -> RegistrationCache:
     """Registers every atlas to every case, skipping pairs that are cached and unchanged.
 
-    Only images are read, and of labels only the atlases', for the pictures and for a guide. Guided registrations have a
-    cache of their own for each guide, so that neither kind takes the other's place.
+    Only images are read, and of labels only the atlases', for the pictures, for the quality around them and for a
+    guide. Guided registrations have a cache of their own for each guide, so that neither kind takes the other's place.
 
     Args:
         plans: The plans.
@@ -117,7 +118,12 @@ def register_dataset(
     needed = keys if "network" in config.registration.method else missing
     for atlas in sorted({atlas for atlas, _ in needed}):
         registrars[atlas] = AtlasRegistrar(
-            atlas, dataset.image(atlas), dataset.spacing(atlas), config=config.registration, device=device
+            atlas,
+            dataset.image(atlas),
+            dataset.spacing(atlas),
+            config=config.registration,
+            device=device,
+            foreground=dataset.segmentation(atlas) > 0,
         )
     with writing(cache.folder):
         cache.folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +139,9 @@ def register_dataset(
             guide = None
             if student is not None:
                 atlas_maps = student.atlas_maps(dataset.segmentation(atlas))
-                guide = registrar.guide(atlas_maps, [student.probabilities(i) for i in images], aligned)
+                guide = registrar.guide(
+                    atlas_maps, [student.probabilities(dataset.preprocessed(c)) for c in batch], aligned
+                )
             results = registrar.deform(aligned, batch, [i.shape[1:] for i in images], predict=predict, guide=guide)
             for registration, image in zip(results, images, strict=True):
                 if figures:
@@ -169,7 +177,11 @@ class PreparedImages:
         return self.configuration
 
     def image(self, case: str) -> np.ndarray:
-        """(C, X, Y, Z)."""
+        """(C, X, Y, Z), as it is registered: with the outline that masked normalisation hides."""
+        return restore_outline(self.preprocessed(case), self.configuration.use_mask_for_norm)
+
+    def preprocessed(self, case: str) -> np.ndarray:
+        """(C, X, Y, Z), as a network of nnU-Net sees it."""
         return np.asarray(load_image(self.folder, case), np.float32)
 
     def segmentation(self, atlas: str) -> np.ndarray:
@@ -186,7 +198,7 @@ class PreparedImages:
 
     def digest(self, case: str) -> str:
         """Checksum of the preprocessed image."""
-        image = self.image(case)
+        image = self.preprocessed(case)
         return _digest(str(image.shape).encode() + np.ascontiguousarray(image).tobytes())
 
 

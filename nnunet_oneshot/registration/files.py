@@ -96,7 +96,12 @@ class VolumeRegistration:
 
 
 def register_volumes(
-    fixed: Volume, moving: Volume, *, config: RegistrationConfig | None = None, device: torch.device | str = "cpu"
+    fixed: Volume,
+    moving: Volume,
+    *,
+    config: RegistrationConfig | None = None,
+    device: torch.device | str = "cpu",
+    labels: np.ndarray | None = None,
 ) -> VolumeRegistration:
     """Registers a volume to another through the space their headers share.
 
@@ -105,6 +110,7 @@ def register_volumes(
         moving: The image that is warped.
         config: Settings; None for the defaults.
         device: Where the deformable stage runs.
+        labels: (1, Z, Y, X) labels of the moving image, around which quality is judged too.
 
     Raises:
         OneShotError: The two differ in number of axes or channels.
@@ -130,6 +136,7 @@ def register_volumes(
         initial=initial,
         config=config,
         device=device,
+        atlas_labels=labels,
     )
     seconds = time.perf_counter() - started
     locations = atlas_coordinates(registration)
@@ -161,8 +168,9 @@ def register_pair(
     grid. ``displacement.nii.gz`` is for SimpleITK's ``DisplacementFieldTransform`` and turns the moving file into the
     warped one. ``figure.png`` shows the moving image before registration, the fixed image, the warped image, the warped
     labels on the fixed image, and a grid of the moving image. ``quality.json`` holds squared local correlations before
-    registration, after its affine stage and at its end, folding and Jacobian statistics, inverse consistency, the share
-    of fixed voxels that the moving image shows (``overlap``), seconds, and the peak memory of the process in MiB.
+    registration, after its affine stage and at its end (with labels also that around them), folding and Jacobian
+    statistics, inverse consistency, the share of fixed voxels that the moving image shows (``overlap``), seconds, and
+    the peak memory of the process in MiB.
 
     Args:
         fixed: Path, or one path a channel (as a list, or joined by commas).
@@ -182,7 +190,7 @@ def register_pair(
     _check_device(device)
     fixed_volume, moving_volume = read_volume(fixed, "fixed"), read_volume(moving, "moving")
     label_map, label_type = (None, None) if labels is None else read_labels(labels, moving_volume)
-    result = register_volumes(fixed_volume, moving_volume, config=config, device=device)
+    result = register_volumes(fixed_volume, moving_volume, config=config, device=device, labels=label_map)
     quality = {
         **result.quality,
         "peak_memory_mib": _peak_memory_mib(),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.registration.affine import centre_alignment, register_affine
@@ -27,6 +28,8 @@ from nnunet_oneshot.registration.grid import RegistrationGrid
 from nnunet_oneshot.registration.label_guide import LabelGuide, guide_shape
 
 _QUALITY_STEPS = 7
+# Voxels around the labels within which it matters whether the images agree.
+_AROUND_LABELS = 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class AtlasRegistrar:
         spacing: 3 voxel edges, mm.
         config: Settings.
         device: Where the deformable stage runs.
+        foreground: (1, X, Y, Z) bool, where the atlas has labels, or None: then quality is judged everywhere alike.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class AtlasRegistrar:
         *,
         config: RegistrationConfig,
         device: torch.device,
+        foreground: np.ndarray | None = None,
     ) -> None:
         self.name = name
         self.config = config
@@ -79,6 +84,10 @@ class AtlasRegistrar:
         self._spacing = self._axes(spacing)
         self.grid = RegistrationGrid.over(self._atlas.shape[1:], self._spacing, config.max_voxels)
         self.image = self.grid.atlas_image(self._atlas).to(device)
+        self._foreground = None
+        if foreground is not None and foreground.any():
+            shown = torch.from_numpy(self._squeeze(foreground).astype(np.float32))[None]
+            self._foreground = downsample(shown, self.grid.shape).to(device)
 
     def align(self, case: np.ndarray, spacing: Sequence[float], *, initial: np.ndarray | None = None) -> Aligned:
         """The affine stage.
@@ -185,7 +194,8 @@ class AtlasRegistrar:
     def _quality(self, velocity: Tensor, atlas: Tensor, fixed: Tensor, mask: Tensor) -> list[dict]:
         displacement = integrate_on(velocity, self.grid.shape, steps=_QUALITY_STEPS)
         dissimilarity = similarity_loss_to(fixed, mask, similarity="lncc", kernel=self.config.lncc_kernel)
-        before, after = dissimilarity(atlas), dissimilarity(warp(atlas, displacement))
+        warped = warp(atlas, displacement)
+        before, after = dissimilarity(atlas), dissimilarity(warped)
         determinant = jacobian_determinant(displacement).flatten(1)
         edges = torch.tensor(self.grid.spacing, device=displacement.device).view(1, -1, *[1] * len(self.grid.shape))
         length = (displacement * edges).norm(dim=1).flatten(1)
@@ -209,6 +219,12 @@ class AtlasRegistrar:
             "inverse_consistency_max_mm": error.flatten(1).max(1).values,
             "observed": mask.flatten(1).mean(1),
         }
+        if self._foreground is not None:
+            labels = warp(self._foreground.expand(len(fixed), -1, *self.grid.shape), displacement)
+            at_labels = similarity_loss_to(
+                fixed, mask * _around(labels), similarity="lncc", kernel=self.config.lncc_kernel
+            )
+            figures["similarity_at_labels"] = -at_labels(warped)
         return [{name: round(float(values[i]), 6) for name, values in figures.items()} for i in range(len(fixed))]
 
     def _guide_quality(self, velocity: Tensor, guide: LabelGuide) -> list[dict]:
@@ -236,6 +252,13 @@ class AtlasRegistrar:
         return np.concatenate([np.zeros_like(velocity[:1]), velocity])[:, None]
 
 
+def _around(foreground: Tensor) -> Tensor:
+    """Mask (B, 1, *grid) of places up to `_AROUND_LABELS` voxels, along every axis, from a foreground above a half."""
+    pool = F.max_pool2d if foreground.ndim == 4 else F.max_pool3d
+    grown = pool(foreground, 2 * _AROUND_LABELS + 1, stride=1, padding=_AROUND_LABELS)
+    return (grown > 0.5).to(foreground.dtype)
+
+
 def register_arrays(
     atlas: np.ndarray,
     case: np.ndarray,
@@ -246,6 +269,7 @@ def register_arrays(
     guide: tuple[np.ndarray, np.ndarray] | None = None,
     config: RegistrationConfig | None = None,
     device: torch.device | str = "cpu",
+    atlas_labels: np.ndarray | None = None,
 ) -> Registration:
     """Registers one volume to another, without any nnU-Net folder.
 
@@ -258,6 +282,8 @@ def register_arrays(
         guide: Maps of the atlas (K + 1, X, Y, Z) and of the case (K, U, V, W), see `AtlasRegistrar.guide`.
         config: Settings; None for the defaults.
         device: Where the deformable stage runs.
+        atlas_labels: (1, X, Y, Z) label map of the atlas, by which quality is judged around the labels too. It does not
+            change the registration.
 
     Returns:
         The registration; `nnunet_oneshot.registration.warp` applies it.
@@ -268,6 +294,7 @@ def register_arrays(
         atlas_spacing,
         config=config or RegistrationConfig(method="refine"),
         device=torch.device(device),
+        foreground=None if atlas_labels is None else atlas_labels > 0,
     )
     aligned = registrar.align(case, case_spacing, initial=initial)
     labels = None if guide is None else registrar.guide(guide[0], [guide[1]], [aligned])

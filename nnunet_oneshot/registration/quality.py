@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,17 +13,22 @@ from nnunet_oneshot.registration.cache import Registration
 _OUTLIER = 3.5
 
 
+def telling_similarity(quality: Mapping[str, Any]) -> float:
+    """The similarity after registration that says most about propagated labels: around them, where that is known."""
+    return quality.get("similarity_at_labels", quality["similarity_after"])
+
+
 def outlier_scores(registrations: Sequence[Registration]) -> np.ndarray:
-    """How far each pair's similarity lies from the median of its atlas's pairs.
+    """How far each pair's `telling_similarity` lies from the median of its atlas's pairs.
 
     Args:
-        registrations: With ``similarity_after`` in their quality.
+        registrations: Pairs of any number of atlases.
 
     Returns:
         (N,) robust z-scores (distance from the median over 1.4826 times the median absolute deviation); negative is
         worse than the median.
     """
-    values = np.array([registration.quality["similarity_after"] for registration in registrations], float)
+    values = np.array([telling_similarity(registration.quality) for registration in registrations], float)
     names = np.array([registration.atlas for registration in registrations])
     scores = np.zeros(len(values))
     for name in set(names.tolist()):

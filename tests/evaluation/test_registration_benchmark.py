@@ -34,10 +34,10 @@ class SameProcess:
     def __init__(self, method, *, config, seed, threads, device):
         self.method, self.settings, self.alive = method, {"config": CONFIG, "seed": seed, "device": device}, True
 
-    def measure(self, case, atlas):
+    def measure(self, case, atlas, atlas_labels):
         if self.method == "bspline":
             raise OneShotError("RuntimeError: no memory left")
-        return {**measure(self.method, case, atlas, **self.settings), "start_memory_mb": 1.0}
+        return {**measure(self.method, case, atlas, atlas_labels=atlas_labels, **self.settings), "start_memory_mb": 1.0}
 
     def close(self):
         self.alive = False
@@ -166,7 +166,7 @@ def test_pairs_are_recorded_and_measured_once(tiny, tmp_path, capsys):
     status, rows = tiny(*chosen, "--cases", 2)
     assert status == 0 and len(rows) == 12
     assert [row["method"] for row in rows[:3]] == ["affine", "ours", "demons"]
-    assert "similarity_after" in rows[1]["quality"] and "quality" not in rows[0]
+    assert "similarity_at_labels" in rows[1]["quality"] and "quality" not in rows[0]
     pairs = {(row["atlas"], row["case"]) for row in rows}
     assert len(pairs) == 4 and all(atlas != case for atlas, case in pairs)
     for row in rows:

@@ -87,6 +87,21 @@ def test_constant_images_fall_back_to_the_centres():
     assert np.allclose(result.matrix, np.eye(4))
 
 
+def test_affine_that_stretches_more_than_twofold_is_discarded(monkeypatch):
+    """A small ball is explained best by stretching it threefold, which no anatomy does."""
+    axes = np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij")
+    radius = np.sqrt(sum(axis**2 for axis in axes))
+    small, large = ((1 / (1 + np.exp(radius - edge)))[None].astype(np.float32) for edge in (4, 12))
+
+    def largest_stretch():
+        result = register_affine(small, large, fixed_spacing=(1, 1, 1), moving_spacing=(1, 1, 1))
+        return np.linalg.svd(result.matrix[:3, :3], compute_uv=False).max()
+
+    assert largest_stretch() <= 2
+    monkeypatch.setattr("nnunet_oneshot.registration.affine._LARGEST_STRETCH", np.inf)
+    assert largest_stretch() > 2
+
+
 @pytest.mark.parametrize("shape", [(1, 40, 36), (28, 26, 24)])
 def test_known_smooth_deformation_is_recovered(shape):
     atlas = blobs(shape[shape[0] == 1 :] if shape[0] == 1 else shape)
@@ -181,3 +196,21 @@ def test_registration_grid_respects_the_limit_and_covers_the_atlas():
     assert np.prod(grid.shape) <= 60_000
     assert grid.shape[2] == 20
     assert np.allclose(np.array(grid.shape) * grid.spacing, [100, 200, 100])
+
+
+def test_similarity_at_labels_is_that_of_their_surroundings():
+    atlas = blobs((28, 26, 24))
+    case = atlas.copy()
+    case[:, 14:] = np.random.default_rng(0).normal(size=case[:, 14:].shape)
+    low, high = np.zeros((1, 28, 26, 24), np.int16), np.zeros((1, 28, 26, 24), np.int16)
+    low[:, 4:7, 10:14, 10:14] = 2
+    high[:, 20:24, 10:14, 10:14] = 1
+    spacing = (1.0, 1.0, 1.0)
+    settings = {"atlas_spacing": spacing, "case_spacing": spacing, "config": RegistrationConfig(affine=False)}
+
+    at_low, at_high = (register_arrays(atlas, case, **settings, atlas_labels=labels) for labels in (low, high))
+    without = register_arrays(atlas, case, **settings)
+
+    assert at_low.quality["similarity_at_labels"] > 0.8 > 0.5 > at_high.quality["similarity_at_labels"]
+    assert "similarity_at_labels" not in without.quality
+    assert np.array_equal(at_low.velocity, without.velocity)

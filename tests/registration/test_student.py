@@ -163,6 +163,32 @@ def test_regions_ignore_label_and_new_images(student, tmp_path):
     assert register(dataset, "--guide", model) == 0
 
 
+def test_student_sees_images_as_preprocessed_and_not_as_registered(student, monkeypatch, tmp_path):
+    from nnunet_oneshot.data.prepared import PreparedDataset
+    from nnunet_oneshot.data.preprocessed import load_image
+    from nnunet_oneshot.registration.dataset import PreparedImages
+    from nnunet_oneshot.registration.student import Student
+
+    dataset, model = student(n_cases=3)
+    seen, original, outlined = [], Student.probabilities, PreparedImages.image
+    monkeypatch.setattr(Student, "probabilities", lambda self, image: seen.append(image) or original(self, image))
+    # Stands for what registration does to its images alone.
+    monkeypatch.setattr(PreparedImages, "image", lambda self, case: outlined(self, case) + 5)
+    monkeypatch.setattr(PreparedDataset, "with_outline", lambda self, image: image + 5)
+    assert register(dataset, "--guide", model, "--no_figures") == 0
+    folder = str(dataset.preprocessed / f"{PLANS}_{CONFIGURATION}")
+    (atlas,) = json.loads((dataset.preprocessed / "oneshot_atlas.json").read_text())["atlases"]
+    others = [case for case in dataset.cases if case != atlas]
+    assert len(seen) == len(others)
+    assert all(np.array_equal(image, load_image(folder, case)) for image, case in zip(seen, others, strict=True))
+
+    (tmp_path / "in").mkdir()
+    shutil.copyfile(dataset.image(others[0]), tmp_path / "in" / "new_0000.nii.gz")
+    seen.clear()
+    assert propagate(dataset, tmp_path / "out", "--guide", model, "-i", tmp_path / "in") == 0
+    assert len(seen) == 1 and np.allclose(seen[0], load_image(folder, others[0]), atol=1e-5)
+
+
 def test_two_dimensional_configuration_of_volumes(student):
     dataset, model = student(n_cases=3, configuration="2d")
     assert register(dataset, "--guide", model, configuration="2d") == 0

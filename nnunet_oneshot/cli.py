@@ -46,6 +46,15 @@ def _add_device(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def _add_guide(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guide",
+        metavar="MODEL_FOLDER",
+        help="trained model (TRAINER__PLANS__CONFIGURATION in nnUNet_results) with a finished training of the same "
+        "fold, whose segmentations of the images guide the registration (default: the plans', which name none)",
+    )
+
+
 def _benchmark(options: argparse.Namespace) -> None:
     from nnunet_oneshot.evaluation.benchmark import run_benchmark
 
@@ -241,6 +250,7 @@ def _propagate(options: argparse.Namespace) -> None:
         images=options.i,
         out=options.o,
         method=options.method,
+        guide=options.guide,
         device=options.device,
     )
 
@@ -265,6 +275,7 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
         help="registration of this package, the same with labels corrected by each image's intensities as training "
         "does, its affine stage alone, or ANTs SyN (default: registration)",
     )
+    _add_guide(parser)
     _add_device(parser, "the registration runs")
     parser.set_defaults(run=_propagate)
 
@@ -279,6 +290,7 @@ def _register(options: argparse.Namespace) -> None:
         folds=options.f,
         device=options.device,
         figures=not options.no_figures,
+        guide=options.guide,
     )
 
 
@@ -293,6 +305,7 @@ def _add_register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-f", nargs="+", type=_fold, default=["0"], metavar="FOLD", help="folds (default: 0)")
     _add_device(parser, "the deformable stage runs")
     parser.add_argument("--no_figures", action="store_true", help="draw no pictures")
+    _add_guide(parser)
     parser.set_defaults(run=_register)
 
 

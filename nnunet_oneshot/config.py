@@ -32,14 +32,17 @@ class RegistrationConfig:
         integration_steps: Scaling-and-squaring steps.
         refine_iterations: Adam steps of the per-pair optimisation at each resolution level, coarse to fine.
         refine_learning_rate: Adam step size, voxels of the registration grid.
-        search_reach: Largest displacement along an axis that is searched for before the per-pair optimisation, as a share
-            of the edge of the field of view; 0 leaves the search out. Each pair keeps what is found from there only
-            where it has the lower loss.
+        search_reach: Largest displacement along an axis that is searched for before the per-pair optimisation, as a
+            share of the edge of the field of view; 0 leaves the search out. A pair goes on from there only where that
+            has the lower loss after a few steps.
         network_iterations: Training steps of the registration network.
         network_batch_size: Pairs a step; the contrastive term needs at least 2.
         network_learning_rate: Adam step size of the network.
         contrastive: Weight of the contrastive term (NT-Xent) of the network.
         temperature: Temperature of the contrastive term.
+        guide: Folder of a trained model whose segmentations of the cases guide their registration, or None: images
+            alone decide.
+        guide_weight: Weight of the guide's term, the mean over labels of 1 - soft Dice.
     """
 
     method: str = "refine"
@@ -58,6 +61,8 @@ class RegistrationConfig:
     network_learning_rate: float = 1e-3
     contrastive: float = 0.01
     temperature: float = 0.1
+    guide: str | None = None
+    guide_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,14 @@ class OneShotConfig:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+def with_guide(config: OneShotConfig, guide: str | os.PathLike | None) -> OneShotConfig:
+    """The settings with another guide; None leaves them as they are."""
+    if guide is None:
+        return config
+    registration = dataclasses.replace(config.registration, guide=os.path.abspath(guide))
+    return dataclasses.replace(config, registration=registration)
+
+
 _CHOICES = {
     "method": ("refine", "network", "network+refine"),
     "similarity": ("lncc", "mse", "mind", "nmi"),
@@ -273,6 +286,10 @@ def _checked(name: str, value: Any, spec: dataclasses.Field, where: str) -> Any:
         if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
             raise fail("null or a list of case names")
         return tuple(value)
+    if name == "guide":
+        if value is not None and not (isinstance(value, str) and value):
+            raise fail("null or the folder of a trained model")
+        return value
     if name == "mirror_axes":
         if value == "auto":
             return value

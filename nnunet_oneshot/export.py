@@ -6,8 +6,6 @@ prediction reads (weights, configuration, mirroring axes); teacher and optimiser
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import shutil
 import tempfile
@@ -20,12 +18,11 @@ import torch
 
 from nnunet_oneshot.checkpoints import loading_checkpoint
 from nnunet_oneshot.data.prepared import dataset_name
-from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.inference import CHECKPOINT, load_predictor
 from nnunet_oneshot.io import load_json_checked, require_env, writing
 
 STOCK_TRAINER = "nnUNetTrainer"
-CHECKPOINT = "checkpoint_final.pth"
 _KEPT = ("inference_allowed_mirroring_axes", "current_epoch")
 # Two runs of the same network on the same device differ by rounding at most.
 _TOLERANCE = 1e-3
@@ -156,7 +153,7 @@ def _load_checkpoint(path: Path) -> dict:
 
 def _compare(source: Path, model: Path, *, folds: Sequence[str], images: str | Path | None, device: str) -> str:
     """Predicts with both models; returns what was compared, or raises where they differ."""
-    original, exported = (_predictor(folder, folds, device) for folder in (source, model))
+    original, exported = (load_predictor(folder, folds, device) for folder in (source, model))
     compared = 0
     for name, image, spacing in _test_images(original, images):
         logits = [_logits(p, image, spacing) for p in (original, exported)]
@@ -168,27 +165,6 @@ def _compare(source: Path, model: Path, *, folds: Sequence[str], images: str | P
             )
         compared += 1
     return f"{compared} image{'s' if compared != 1 else ''}" + ("" if images else " (generated)")
-
-
-def _predictor(folder: Path, folds: Sequence[str], device: str):
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = ext_trainer_value(before)
-    try:
-        # nnU-Net tells on the console where it looks for classes; here that is of no interest.
-        with contextlib.redirect_stdout(io.StringIO()):
-            predictor = nnUNetPredictor(
-                device=torch.device(device), perform_everything_on_device=device != "cpu", allow_tqdm=False
-            )
-            predictor.initialize_from_trained_model_folder(str(folder), folds, CHECKPOINT)
-    finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
-    predictor.network.to(predictor.device)
-    return predictor
 
 
 def _logits(predictor, image: np.ndarray, spacing: Sequence[float]) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
 
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registration.dataset import register_dataset
 from nnunet_oneshot.synthesis.data_loader import build_oneshot_loader
 from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
@@ -33,6 +35,7 @@ class WarpingTrainer(OneShotTrainer):
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         self.roles.require_unlabelled()
+        self._check_guide()
         registrations = register_dataset(
             plans=self.plans_manager.plans,
             dataset_json=self.dataset_json,
@@ -42,6 +45,7 @@ class WarpingTrainer(OneShotTrainer):
             preprocessed_dataset_folder_base=self.preprocessed_dataset_folder_base,
             config=self.config,
             device=self.device,
+            fold=self.fold,
             log=self.print_to_log_file,
         )
         patch_size = self.configuration_manager.patch_size
@@ -75,3 +79,14 @@ class WarpingTrainer(OneShotTrainer):
                 seed=seeds[1],
             ),
         )
+
+    def _check_guide(self) -> None:
+        """Refuses a guide that this training would overwrite."""
+        guide = self.config.registration.guide
+        if guide is not None and os.path.realpath(os.path.expanduser(guide)) == os.path.realpath(
+            self.output_folder_base
+        ):
+            raise OneShotError(
+                f"The guide {guide} is the folder that this training writes to: give another folder in nnUNet_results "
+                f"for this training, or copy the model and name the copy as the guide."
+            )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.config import OneShotConfig, with_guide
 from nnunet_oneshot.data.atlas import resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.prepared import PreparedDataset
@@ -24,9 +24,11 @@ from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
 from nnunet_oneshot.registration.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset import register_dataset
 from nnunet_oneshot.registration.pairs import register_arrays
+from nnunet_oneshot.registration.student import Student, guided_by
 from nnunet_oneshot.registration.warp import warp_label_probabilities
 
 METHODS = ("registration", "corrected", "affine", "syn")
+GUIDED_METHODS = ("registration", "corrected")
 
 
 def propagate(
@@ -38,6 +40,7 @@ def propagate(
     fold: str = "0",
     images: str | Path | None = None,
     method: str = "registration",
+    guide: str | Path | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -55,6 +58,7 @@ def propagate(
         images: Folder of images in nnU-Net's naming.
         method: ``"registration"`` (ours), ``"corrected"`` (ours, and the labels then corrected by the image's
             intensities as in training), ``"affine"`` (the first stage) or ``"syn"`` (ANTs).
+        guide: Folder of a trained model whose segmentations guide the registration; None is what the plans say.
         device: Where the registration runs.
         log: Receives each line that is shown.
 
@@ -65,7 +69,9 @@ def propagate(
         OneShotError: Something does not exist, or there is nothing to propagate to.
     """
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
-    config = OneShotConfig.from_plans(prepared.plans)
+    if guide is not None and method not in GUIDED_METHODS:
+        raise OneShotError(f"Method {method!r} takes no guide: give --guide with one of {list(GUIDED_METHODS)}.")
+    config = with_guide(OneShotConfig.from_plans(prepared.plans), guide)
     base, identifiers = str(prepared.base), prepared.identifiers
     labelled = labelled_cases(base, prepared.dataset_json, identifiers)
     fold_or_all = fold if fold == "all" else int(fold)
@@ -83,7 +89,7 @@ def propagate(
                 f"Fold {fold} of {prepared.name} has no validation cases to propagate to: choose another fold with -f, "
                 f"or give images with -i."
             )
-        if method in ("registration", "corrected"):
+        if method in GUIDED_METHODS:
             cached = register_dataset(
                 plans=prepared.plans,
                 dataset_json=prepared.dataset_json,
@@ -93,12 +99,26 @@ def propagate(
                 preprocessed_dataset_folder_base=base,
                 config=config,
                 device=torch.device(device),
+                fold=fold_or_all,
                 log=log,
             )
         cases = [(case, prepared.image(case), prepared.properties(case)) for case in validation]
     else:
         cases = _preprocessed_images(prepared, Path(images))
-    propagator = _Propagator(prepared, config, choice.atlases, method, torch.device(device), cached)
+    student = None
+    if cached is None and method in GUIDED_METHODS:
+        student = guided_by(
+            config.registration.guide,
+            fold=fold_or_all,
+            plans=prepared.plans,
+            dataset_json=prepared.dataset_json,
+            configuration=configuration,
+            device=torch.device(device),
+            method="refine",
+        )
+        if student is not None:
+            log(student.describe())
+    propagator = _Propagator(prepared, config, choice.atlases, method, torch.device(device), cached, student)
     names = []
     for case, image, properties in cases:
         propagator.write(case, image, properties, out)
@@ -108,6 +128,7 @@ def propagate(
         "method": method,
         "atlases": list(choice.atlases),
         "fold": fold,
+        "guide": config.registration.guide if method in GUIDED_METHODS else None,
         "cases": names,
         "seconds": round(time.monotonic() - start, 2),
     }
@@ -132,6 +153,7 @@ class _Propagator:
         method: One of `METHODS`.
         device: Where the registration runs.
         registrations: Registrations to the cases, or None: each case is registered when it comes, pair by pair.
+        student: Guides what is registered pair by pair.
     """
 
     def __init__(
@@ -142,6 +164,7 @@ class _Propagator:
         method: str,
         device: torch.device,
         registrations: RegistrationCache | None,
+        student: Student | None = None,
     ) -> None:
         if method not in METHODS:
             raise OneShotError(f"Method {method!r} is not known: choose one of {list(METHODS)}.")
@@ -151,7 +174,7 @@ class _Propagator:
             registration = dataclasses.replace(registration, refine_iterations=(0,))
         self.registration = registration
         self.prepared, self.config, self.method, self.device = prepared, config, method, device
-        self.registrations = registrations
+        self.registrations, self.student = registrations, student
         self.labels = [int(label) for label in prepared.label_manager.all_labels]
         self.atlases = {
             atlas: (
@@ -195,7 +218,7 @@ class _Propagator:
 
     def _probabilities(self, atlas: str, case: str, image: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
         """Warped label masks (labels, X, Y, Z) of one atlas on a preprocessed image (C, X, Y, Z)."""
-        image = self.prepared.with_outline(image)
+        preprocessed, image = image, self.prepared.with_outline(image)
         atlas_image, atlas_segmentation, atlas_spacing = self.atlases[atlas]
         if self.method == "syn":
             from nnunet_oneshot.evaluation.syn import syn_label_probabilities
@@ -216,10 +239,16 @@ class _Propagator:
                 image,
                 atlas_spacing=atlas_spacing,
                 case_spacing=spacing,
+                guide=self._guide(atlas_segmentation, preprocessed),
                 config=self.registration,
                 device=self.device,
             )
         return warp_label_probabilities(registration, atlas_segmentation, self.labels)
+
+    def _guide(self, atlas_segmentation: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        if self.student is None:
+            return None
+        return self.student.atlas_maps(atlas_segmentation), self.student.probabilities(image)
 
 
 def probabilities_to_logits(probabilities: np.ndarray, labels: Sequence[int], label_manager: Any) -> np.ndarray:

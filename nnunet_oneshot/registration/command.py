@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.config import OneShotConfig, with_guide
 from nnunet_oneshot.data.atlas import resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.prepared import PreparedDataset
@@ -24,6 +25,7 @@ def register(
     folds: Sequence[str] = ("0",),
     device: str = "cpu",
     figures: bool = True,
+    guide: str | Path | None = None,
 ) -> list[RegistrationCache]:
     """Registers the atlases of each fold to its training and validation cases, from images alone.
 
@@ -34,6 +36,7 @@ def register(
         folds: Folds whose atlases are registered; numbers or ``"all"``.
         device: Where the deformable stage runs.
         figures: Whether a picture of each pair is drawn.
+        guide: Folder of a trained model whose segmentations guide; None is what the plans say.
 
     Returns:
         The cache of each fold.
@@ -42,7 +45,7 @@ def register(
         OneShotError: Something does not exist or is not as expected.
     """
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
-    config = OneShotConfig.from_plans(prepared.plans)
+    config = with_guide(OneShotConfig.from_plans(prepared.plans), guide)
     base, identifiers = str(prepared.base), prepared.identifiers
     labelled = labelled_cases(base, prepared.dataset_json, identifiers)
     caches = []
@@ -63,6 +66,7 @@ def register(
                 preprocessed_dataset_folder_base=base,
                 config=config,
                 device=torch.device(device),
+                fold=fold,
                 figures=figures,
             )
         )

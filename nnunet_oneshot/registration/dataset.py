@@ -23,6 +23,7 @@ from nnunet_oneshot.registration.figure import registration_figure
 from nnunet_oneshot.registration.network_store import load_or_fit_network
 from nnunet_oneshot.registration.outline import restore_outline
 from nnunet_oneshot.registration.pairs import AtlasRegistrar
+from nnunet_oneshot.registration.student import guided_by
 from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case
 
 # Voxels of the registration grid optimised together: small grids share the overhead of a step.
@@ -40,12 +41,14 @@ def register_dataset(
     preprocessed_dataset_folder_base: str,
     config: OneShotConfig,
     device: torch.device,
+    fold: int | str | None = None,
     log: Callable[[str], None] = print,
     figures: bool = True,
 ) -> RegistrationCache:
     """Registers every atlas to every case, skipping pairs that are cached and unchanged.
 
-    Only images are read, and of labels only the atlases', for the pictures and for the quality around them.
+    Only images are read, and of labels only the atlases', for the pictures, for the quality around them and for a
+    guide. Guided registrations have a cache of their own for each guide, so that neither kind takes the other's place.
 
     Args:
         plans: The plans.
@@ -56,6 +59,7 @@ def register_dataset(
         preprocessed_dataset_folder_base: The dataset's folder under ``nnUNet_preprocessed``.
         config: Settings.
         device: Where the deformable stage runs.
+        fold: Whose model guides, where the settings name a guide.
         log: Called with sentences about what is done.
         figures: Whether to draw a picture of each new pair.
 
@@ -66,16 +70,31 @@ def register_dataset(
         OneShotError: The data are missing or damaged, or the folder cannot be written to.
     """
     dataset = PreparedImages(plans, configuration, preprocessed_dataset_folder_base)
-    cache = RegistrationCache(
-        Path(preprocessed_dataset_folder_base) / FOLDER / dataset.configuration.data_identifier,
+    settings = config.registration
+    student = guided_by(
+        settings.guide,
+        fold=fold,
+        plans=plans,
+        dataset_json=dataset_json,
+        configuration=configuration,
+        device=device,
+        method=settings.method,
     )
+    folder = Path(preprocessed_dataset_folder_base) / FOLDER / dataset.configuration.data_identifier
+    cache = RegistrationCache(folder if student is None else guided_folder(folder, student.digest))
     parameters = {
         "layout": _LAYOUT,
-        **json.loads(json.dumps(dataclasses.asdict(config.registration))),
+        **json.loads(json.dumps(dataclasses.asdict(settings))),
     }
+    # Not among the parameters of what no guide takes part in; and a guide is known by its weights, not by its place.
+    del parameters["guide"], parameters["guide_weight"]
     if "network" in config.registration.method:
         parameters["seed"] = config.seed
         parameters["topology"] = dataset.registration_configuration().network_arch_init_kwargs
+    network_parameters = parameters
+    if student is not None:
+        log(student.describe())
+        parameters = {**parameters, "guide": student.digest, "guide_weight": settings.guide_weight}
     keys, registrars, missing = {}, {}, []
     for atlas in atlases:
         atlas_digest = None
@@ -108,15 +127,22 @@ def register_dataset(
         )
     with writing(cache.folder):
         cache.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     predict = load_or_fit_network(
-        cache.folder, dataset, registrars, list(keys), config=config, parameters=parameters, device=device, log=log
+        folder, dataset, registrars, list(keys), config=config, parameters=network_parameters, device=device, log=log
     )
     with tqdm(total=len(missing), desc="Registering") as progress:
         for atlas, batch in _batches(missing, registrars):
             registrar = registrars[atlas]
             images = [dataset.image(case) for case in batch]
             aligned = [registrar.align(i, dataset.spacing(c)) for i, c in zip(images, batch, strict=True)]
-            results = registrar.deform(aligned, batch, [i.shape[1:] for i in images], predict=predict)
+            guide = None
+            if student is not None:
+                atlas_maps = student.atlas_maps(dataset.segmentation(atlas))
+                guide = registrar.guide(
+                    atlas_maps, [student.probabilities(dataset.preprocessed(c)) for c in batch], aligned
+                )
+            results = registrar.deform(aligned, batch, [i.shape[1:] for i in images], predict=predict, guide=guide)
             for registration, image in zip(results, images, strict=True):
                 if figures:
                     _draw(cache, registration, dataset, image)
@@ -126,6 +152,11 @@ def register_dataset(
                 progress.update()
     _report(cache, missing, log)
     return cache
+
+
+def guided_folder(folder: Path, digest: str) -> Path:
+    """Where the guided counterparts of the registrations in ``folder`` lie, for a guide of this checksum."""
+    return folder.with_name(f"{folder.name}_guided") / digest[:12]
 
 
 class PreparedImages:
@@ -147,9 +178,10 @@ class PreparedImages:
 
     def image(self, case: str) -> np.ndarray:
         """(C, X, Y, Z), as it is registered: with the outline that masked normalisation hides."""
-        return restore_outline(self._preprocessed(case), self.configuration.use_mask_for_norm)
+        return restore_outline(self.preprocessed(case), self.configuration.use_mask_for_norm)
 
-    def _preprocessed(self, case: str) -> np.ndarray:
+    def preprocessed(self, case: str) -> np.ndarray:
+        """(C, X, Y, Z), as a network of nnU-Net sees it."""
         return np.asarray(load_image(self.folder, case), np.float32)
 
     def segmentation(self, atlas: str) -> np.ndarray:
@@ -166,7 +198,7 @@ class PreparedImages:
 
     def digest(self, case: str) -> str:
         """Checksum of the preprocessed image."""
-        image = self._preprocessed(case)
+        image = self.preprocessed(case)
         return _digest(str(image.shape).encode() + np.ascontiguousarray(image).tobytes())
 
 

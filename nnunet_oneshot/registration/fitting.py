@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,8 +22,13 @@ from nnunet_oneshot.registration.functional import (
 from nnunet_oneshot.registration.multimodal import mind_ssc
 from nnunet_oneshot.registration.search import searched_velocity
 
+if TYPE_CHECKING:
+    from nnunet_oneshot.registration.label_guide import LabelGuide
+
 # No level is coarser than this many voxels on its shortest axis: less holds no anatomy.
 _COARSEST_EDGE = 12
+# Share of the first level's steps that both starts get before one of them is given up.
+_TRIAL = 1 / 3
 
 
 def velocity_shape(shape: Sequence[int], downsample: int) -> tuple[int, ...]:
@@ -46,6 +52,7 @@ def refine_velocity(
     spacing: Sequence[float],
     config: RegistrationConfig,
     initial: Tensor | None = None,
+    guide: LabelGuide | None = None,
 ) -> Tensor:
     """Finds the velocity fields that warp the atlas onto each fixed image, by Adam on similarity and smoothness.
 
@@ -57,6 +64,7 @@ def refine_velocity(
         config: Similarity, weights, iterations at each level (coarse to fine).
         initial: (B, D, *velocity grid) start, voxels of the grid; None is zero, and all levels are run. With a start
             only the levels from the second on are run.
+        guide: Labels that are to match too, with the weight ``config.guide_weight``.
 
     Returns:
         (B, D, *velocity_shape) velocity fields, voxels of the grid.
@@ -75,13 +83,13 @@ def refine_velocity(
             start = fixed.new_zeros((len(fixed), len(grid), *coarse))
         else:
             start = resize(scale_vectors(velocity, grid, shape), coarse)
-        level = _Level(atlas, fixed, mask, shape, spacing=spacing, config=config)
-        parameter = level.optimised(start, iterations)
+        level = _Level(atlas, fixed, mask, shape, spacing=spacing, config=config, guide=guide)
         if searched is not None:
-            other = level.optimised(resize(scale_vectors(searched, grid, shape), coarse), iterations)
-            parameter = level.better(parameter, other)
-            searched = None
-        velocity = scale_vectors(parameter, shape, grid)
+            trial = min(iterations, max(1, round(_TRIAL * iterations)))
+            other = resize(scale_vectors(searched, grid, shape), coarse)
+            start = level.better(level.optimised(start, trial), level.optimised(other, trial))
+            iterations, searched = iterations - trial, None
+        velocity = scale_vectors(level.optimised(start, iterations), shape, grid)
     if velocity is None:
         return fixed.new_zeros((len(fixed), len(grid), *velocity_shape(grid, config.velocity_downsample)))
     return resize(velocity, velocity_shape(grid, config.velocity_downsample))
@@ -102,6 +110,7 @@ class _Level:
         *,
         spacing: Sequence[float],
         config: RegistrationConfig,
+        guide: LabelGuide | None,
     ) -> None:
         self._shape, self._config = shape, config
         atlas, level_fixed, mask = (downsample(v, shape) for v in (atlas, fixed, mask))
@@ -113,12 +122,16 @@ class _Level:
         self._coarse = velocity_shape(shape, config.velocity_downsample)
         self._edges = [s * g / c for s, g, c in zip(spacing, fixed.shape[2:], self._coarse, strict=True)]
         self._dissimilarity = similarity_loss_to(level_fixed, mask, similarity=similarity, kernel=config.lncc_kernel)
+        self._disagreement = None if guide is None else guide.loss_on(shape)
 
     def loss(self, velocity: Tensor) -> Tensor:
-        """Dissimilarity plus weighted diffusion energy, (B,)."""
+        """Dissimilarity, weighted diffusion energy and, with a guide, weighted disagreement of labels: (B,)."""
         displacement = self._displacement(velocity)
         energy = diffusion_energy(scale_vectors(velocity, self._shape, self._coarse), self._edges)
-        return self._dissimilarity(warp(self._atlas, displacement)) + self._config.smoothness * energy
+        loss = self._dissimilarity(warp(self._atlas, displacement)) + self._config.smoothness * energy
+        if self._disagreement is not None:
+            loss = loss + self._config.guide_weight * self._disagreement(displacement)
+        return loss
 
     def optimised(self, start: Tensor, iterations: int) -> Tensor:
         """The velocity fields after so many steps of Adam."""

@@ -65,6 +65,24 @@ class RegistrationGrid:
         image = sample_at(_z_scored(case), points)
         return downsample(image, self.shape), (downsample(inside, self.shape) > 0.5).float()
 
+    def fixed_maps(self, maps: np.ndarray, affine: np.ndarray, shape: Sequence[int]) -> Tensor:
+        """Maps of a case, such as label probabilities, brought onto a coarser grid over the same field of view.
+
+        Args:
+            maps: (K, *case_shape).
+            affine: (D + 1, D + 1), case voxel coordinates -> atlas voxel coordinates.
+            shape: D sizes.
+
+        Returns:
+            (1, K, *shape), averages over the voxels of that grid.
+        """
+        points = transform_points(
+            torch.from_numpy(np.linalg.inv(affine)).float(), identity_grid(self.atlas_shape)[None]
+        )
+        # One at a time: there may be many labels, and the atlas's grid may be large.
+        parts = [torch.from_numpy(np.ascontiguousarray(part, np.float32))[None, None] for part in maps]
+        return torch.cat([downsample(sample_at(part, points), shape) for part in parts], dim=1)
+
 
 def _z_scored(image: np.ndarray) -> Tensor:
     """(C, *shape) with every channel z-scored, as (1, C, *shape) float32."""

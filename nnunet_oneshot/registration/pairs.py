@@ -25,6 +25,7 @@ from nnunet_oneshot.registration.functional import (
     warp,
 )
 from nnunet_oneshot.registration.grid import RegistrationGrid
+from nnunet_oneshot.registration.label_guide import LabelGuide, guide_shape
 
 _QUALITY_STEPS = 7
 # Voxels around the labels within which it matters whether the images agree.
@@ -117,6 +118,24 @@ class AtlasRegistrar:
         fixed, mask = self.grid.fixed_image(image, affine)
         return Aligned(affine, fixed, mask, start, time.perf_counter() - started)
 
+    def guide(
+        self, atlas_maps: np.ndarray, probabilities: Sequence[np.ndarray], aligned: Sequence[Aligned]
+    ) -> LabelGuide:
+        """Labels that guide the deformable stage of a batch of aligned cases.
+
+        Args:
+            atlas_maps: (K + 1, X, Y, Z) masks of the atlas's labels, and last of the places that are not ignored.
+            probabilities: (K, U, V, W) of each case.
+            aligned: Results of `align`, in the same order.
+        """
+        shape = guide_shape(self.grid.shape)
+        maps = self.grid.fixed_maps(self._squeeze(atlas_maps), np.eye(len(shape) + 1), shape)
+        fixed = [
+            self.grid.fixed_maps(self._squeeze(p), a.affine, shape) for p, a in zip(probabilities, aligned, strict=True)
+        ]
+        mask = downsample(torch.cat([a.mask for a in aligned]), shape)
+        return LabelGuide(*(t.to(self.device) for t in (maps[:, :-1], maps[:, -1:], torch.cat(fixed), mask)))
+
     def deform(
         self,
         aligned: Sequence[Aligned],
@@ -124,6 +143,7 @@ class AtlasRegistrar:
         shapes: Sequence[Sequence[int]],
         *,
         predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+        guide: LabelGuide | None = None,
     ) -> list[Registration]:
         """The deformable stage for a batch of aligned cases.
 
@@ -133,6 +153,7 @@ class AtlasRegistrar:
             shapes: (U, V, W) of each case.
             predict: (atlas, fixed) -> velocity (B, D, *velocity grid) of a trained network; it is the result with
                 method ``"network"`` and the start of the optimisation with ``"network+refine"``.
+            guide: Result of `guide`, or None: images alone decide.
 
         Returns:
             One registration a case, with its quality figures.
@@ -144,10 +165,13 @@ class AtlasRegistrar:
         velocity = None if predict is None else predict(atlas, fixed)
         if self.config.method != "network" or velocity is None:
             velocity = refine_velocity(
-                self.image, fixed, mask, spacing=self.grid.spacing, config=self.config, initial=velocity
+                self.image, fixed, mask, spacing=self.grid.spacing, config=self.config, initial=velocity, guide=guide
             )
         with torch.no_grad():
             qualities = self._quality(velocity, atlas, fixed, mask)
+            if guide is not None:
+                for quality, figures in zip(qualities, self._guide_quality(velocity, guide), strict=True):
+                    quality.update(figures)
         seconds = (time.perf_counter() - started) / len(aligned)
         in_atlas_voxels = scale_vectors(velocity, self.grid.shape, self.grid.atlas_shape).cpu().numpy()
         return [
@@ -203,6 +227,12 @@ class AtlasRegistrar:
             figures["similarity_at_labels"] = -at_labels(warped)
         return [{name: round(float(values[i]), 6) for name, values in figures.items()} for i in range(len(fixed))]
 
+    def _guide_quality(self, velocity: Tensor, guide: LabelGuide) -> list[dict]:
+        displacement = integrate_on(velocity, self.grid.shape, steps=_QUALITY_STEPS)
+        agreement = guide.agreement_on(self.grid.shape)
+        figures = zip(agreement(torch.zeros_like(displacement)), agreement(displacement), strict=True)
+        return [{"guide_dice_before": round(float(b), 6), "guide_dice_after": round(float(a), 6)} for b, a in figures]
+
     def _squeeze(self, image: np.ndarray) -> np.ndarray:
         return image[:, 0] if self.flat else image
 
@@ -236,6 +266,7 @@ def register_arrays(
     atlas_spacing: Sequence[float],
     case_spacing: Sequence[float],
     initial: np.ndarray | None = None,
+    guide: tuple[np.ndarray, np.ndarray] | None = None,
     config: RegistrationConfig | None = None,
     device: torch.device | str = "cpu",
     atlas_labels: np.ndarray | None = None,
@@ -248,6 +279,7 @@ def register_arrays(
         atlas_spacing: 3 voxel edges of the atlas, mm.
         case_spacing: 3 voxel edges of the case, mm.
         initial: (4, 4) rigid map case voxel -> atlas voxel to start from; see `AtlasRegistrar.align`.
+        guide: Maps of the atlas (K + 1, X, Y, Z) and of the case (K, U, V, W), see `AtlasRegistrar.guide`.
         config: Settings; None for the defaults.
         device: Where the deformable stage runs.
         atlas_labels: (1, X, Y, Z) label map of the atlas, by which quality is judged around the labels too. It does not
@@ -265,4 +297,5 @@ def register_arrays(
         foreground=None if atlas_labels is None else atlas_labels > 0,
     )
     aligned = registrar.align(case, case_spacing, initial=initial)
-    return registrar.deform([aligned], ["fixed"], [case.shape[1:]])[0]
+    labels = None if guide is None else registrar.guide(guide[0], [guide[1]], [aligned])
+    return registrar.deform([aligned], ["fixed"], [case.shape[1:]], guide=labels)[0]

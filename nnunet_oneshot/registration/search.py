@@ -25,8 +25,8 @@ from nnunet_oneshot.registration.functional import (
 )
 from nnunet_oneshot.registration.multimodal import mind_ssc
 
-# Nodes along an edge of the field of view (the geometric mean of the edges), and the offsets to each side: together they
-# bound the table of costs to 8,000 x 2,197 numbers a pair.
+# Nodes along an edge of the field of view (the geometric mean of the edges), and the offsets to each side: together
+# they bound the table of costs to 8,000 x 2,197 numbers a pair.
 _NODES = 20
 _LARGEST_RADIUS = 6
 # Nodes are no closer than this many voxels, which gradients bridge.

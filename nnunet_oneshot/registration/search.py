@@ -26,14 +26,14 @@ from nnunet_oneshot.registration.functional import (
 from nnunet_oneshot.registration.multimodal import mind_ssc
 
 # Nodes along an edge of the field of view (the geometric mean of the edges), and the offsets to each side: together
-# they bound the table of costs to 8,000 x 2,197 numbers a pair.
-_NODES = 20
+# they bound the table of costs to about 4,100 x 2,197 numbers a pair.
+_NODES = 16
 _LARGEST_RADIUS = 6
 # Nodes are no closer than this many voxels, which gradients bridge.
 _NODE_EDGE = 4.0
 _WINDOW = 3
-_COUPLINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-_CONSISTENCY_ROUNDS = 15
+_COUPLINGS = (0.00075, 0.0025, 0.0075, 0.025, 0.075, 0.25)
+_CONSISTENCY_ROUNDS = 3
 _LOGARITHM_ROUNDS = 10
 # Voxels that a descriptor sees to each side.
 _DESCRIPTOR_REACH = 2
@@ -89,7 +89,9 @@ def searched_velocity(
     for image, observed in zip(fixed.split(1), mask.split(1), strict=True):
         fixed_features = node_features(image, observed, nodes)
         forward = coupled_search(matching_cost(fixed_features, atlas_features, radii), radii, edges)
-        backward = coupled_search(matching_cost(atlas_features, fixed_features, radii), radii, edges)
+        # Where the fixed image was not observed, the atlas's nodes would take partners that are not theirs.
+        alike = (atlas_features[0], fixed_features[1])
+        backward = coupled_search(matching_cost(alike, fixed_features, radii), radii, edges)
         velocities.append(logarithm(consistent(forward, backward)))
     return scale_vectors(torch.cat(velocities), nodes, grid)
 

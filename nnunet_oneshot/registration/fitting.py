@@ -84,19 +84,23 @@ def refine_velocity(
         else:
             start = resize(scale_vectors(velocity, grid, shape), coarse)
         level = _Level(atlas, fixed, mask, shape, spacing=spacing, config=config, guide=guide)
+        descent = _Descent(level, start)
         if searched is not None:
             trial = min(iterations, max(1, round(_TRIAL * iterations)))
-            other = resize(scale_vectors(searched, grid, shape), coarse)
-            start = level.better(level.optimised(start, trial), level.optimised(other, trial))
+            other = _Descent(level, resize(scale_vectors(searched, grid, shape), coarse))
+            descent.advance(trial)
+            other.advance(trial)
+            descent.adopt(other, level.is_better(other.velocity, descent.velocity))
             iterations, searched = iterations - trial, None
-        velocity = scale_vectors(level.optimised(start, iterations), shape, grid)
+        descent.advance(iterations)
+        velocity = scale_vectors(descent.velocity, shape, grid)
     if velocity is None:
         return fixed.new_zeros((len(fixed), len(grid), *velocity_shape(grid, config.velocity_downsample)))
     return resize(velocity, velocity_shape(grid, config.velocity_downsample))
 
 
 class _Level:
-    """The objective at one resolution level, and its optimisation; arguments as those of `refine_velocity`.
+    """The objective at one resolution level; arguments as those of `refine_velocity`.
 
     Velocity fields are (B, D, *velocity grid), voxels of the level's grid ``shape``.
     """
@@ -113,6 +117,7 @@ class _Level:
         guide: LabelGuide | None,
     ) -> None:
         self._shape, self._config = shape, config
+        self.step_size = config.refine_learning_rate
         atlas, level_fixed, mask = (downsample(v, shape) for v in (atlas, fixed, mask))
         similarity = config.similarity
         if similarity == "mind":
@@ -133,21 +138,41 @@ class _Level:
             loss = loss + self._config.guide_weight * self._disagreement(displacement)
         return loss
 
-    def optimised(self, start: Tensor, iterations: int) -> Tensor:
-        """The velocity fields after so many steps of Adam."""
-        parameter = start.detach().clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([parameter], lr=self._config.refine_learning_rate)
-        for _ in range(iterations):
-            optimizer.zero_grad(set_to_none=True)
-            self.loss(parameter).sum().backward()
-            optimizer.step()
-        return parameter.detach()
-
     @torch.no_grad()
-    def better(self, first: Tensor, second: Tensor) -> Tensor:
-        """Of each pair the second field where its loss is lower and its flow does not fold, else the first."""
-        chosen = (self.loss(second) < self.loss(first)) & (folding(self._displacement(second)) == 0)
-        return torch.where(chosen.view(-1, *[1] * (first.ndim - 1)), second, first)
+    def is_better(self, first: Tensor, second: Tensor) -> Tensor:
+        """For each pair, whether the first field has the lower loss and a flow that does not fold, (B,)."""
+        return (self.loss(first) < self.loss(second)) & (folding(self._displacement(first)) == 0)
 
     def _displacement(self, velocity: Tensor) -> Tensor:
         return integrate_on(velocity, self._shape, steps=self._config.integration_steps)
+
+
+class _Descent:
+    """Velocity fields on their way down a level's objective, by Adam.
+
+    Args:
+        level: The objective.
+        start: (B, D, *velocity grid), voxels of the level's grid.
+    """
+
+    def __init__(self, level: _Level, start: Tensor) -> None:
+        self._level = level
+        self._parameter = start.detach().clone().requires_grad_(True)
+        self._optimizer = torch.optim.Adam([self._parameter], lr=level.step_size)
+
+    @property
+    def velocity(self) -> Tensor:
+        return self._parameter.detach()
+
+    def advance(self, iterations: int) -> None:
+        for _ in range(iterations):
+            self._optimizer.zero_grad(set_to_none=True)
+            self._level.loss(self._parameter).sum().backward()
+            self._optimizer.step()
+
+    def adopt(self, other: _Descent, chosen: Tensor) -> None:
+        """Goes on from where another descent of as many steps is, for the pairs that are ``chosen`` (B,)."""
+        mine, others = self._optimizer.state[self._parameter], other._optimizer.state[other._parameter]
+        self._parameter.data[chosen] = other.velocity[chosen]
+        for name in ("exp_avg", "exp_avg_sq"):
+            mine[name][chosen] = others[name][chosen]

@@ -29,8 +29,10 @@ from nnunet_oneshot.registration.multimodal import mind_ssc
 # they bound the table of costs to about 4,100 x 2,197 numbers a pair.
 _NODES = 16
 _LARGEST_RADIUS = 6
-# Nodes are no closer than this many voxels, which gradients bridge.
+# Nodes are no closer than this many voxels.
 _NODE_EDGE = 4.0
+# Nodes that gradients bridge on their own.
+_REACH_OF_GRADIENTS = 2
 _WINDOW = 3
 _COUPLINGS = (0.00075, 0.0025, 0.0075, 0.025, 0.075, 0.25)
 _CONSISTENCY_ROUNDS = 3
@@ -51,7 +53,7 @@ def search_grid(
 
     Returns:
         D numbers of nodes, about as far apart along all axes in mm, and D numbers of offsets to each side; None where
-        the grid is too small for a search.
+        the grid is so small that gradients reach as far.
     """
     dim = len(shape)
     extents = [n * s for n, s in zip(shape, spacing, strict=True)]
@@ -60,7 +62,7 @@ def search_grid(
     nodes = tuple(max(1, min(n, round(e / step))) for n, e in zip(shape, extents, strict=True))
     # Beyond half of an axis few nodes have a partner.
     radii = tuple(min(round(reach * edge * n / e), (n - 1) // 2) for n, e in zip(nodes, extents, strict=True))
-    return None if max(radii) < 2 else (nodes, radii)
+    return None if max(radii) <= _REACH_OF_GRADIENTS else (nodes, radii)
 
 
 def searched_velocity(

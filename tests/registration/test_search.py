@@ -23,7 +23,7 @@ from nnunet_oneshot.registration.search import (
     searched_velocity,
 )
 
-CONFIG = RegistrationConfig(refine_iterations=(30, 10), search_reach=0.3)
+CONFIG = RegistrationConfig(refine_iterations=(30, 10), search_reach=0.4)
 
 
 @pytest.fixture(autouse=True)
@@ -78,14 +78,14 @@ def test_pairs_of_a_batch_do_not_influence_each_other():
 def test_identity_stays_identity(shape):
     image = torch.from_numpy(blobs(shape))[None]
     mask = torch.ones_like(image)
-    assert searched_velocity(image, image, mask, spacing=(1,) * len(shape), reach=0.3).abs().max() == 0
+    assert searched_velocity(image, image, mask, spacing=(1,) * len(shape), reach=0.4).abs().max() == 0
     without = dataclasses.replace(CONFIG, search_reach=0.0)
     assert torch.equal(fitted(image, image), fitted(image, image, without))
 
 
 def test_constant_images_are_not_displaced():
     flat = torch.full((1, 1, 32, 32, 32), 2.0)
-    assert searched_velocity(flat, flat, torch.ones_like(flat), spacing=(1, 1, 1), reach=0.3).abs().max() == 0
+    assert searched_velocity(flat, flat, torch.ones_like(flat), spacing=(1, 1, 1), reach=0.4).abs().max() == 0
     assert fitted(flat, flat).abs().max() == 0
 
 
@@ -100,22 +100,22 @@ def test_places_that_were_not_observed_do_not_count():
     atlas = torch.from_numpy(blobs((48, 24, 24)))[None]
     fixed, mask = atlas.clone(), torch.ones_like(atlas)
     fixed[:, :, 24:] = atlas[:, :, 12:36]
-    everywhere = searched_velocity(atlas, fixed, mask, spacing=(1, 1, 1), reach=0.3)
+    everywhere = searched_velocity(atlas, fixed, mask, spacing=(1, 1, 1), reach=0.4)
     mask[:, :, 24:] = 0
-    masked = searched_velocity(atlas, fixed, mask, spacing=(1, 1, 1), reach=0.3)
+    masked = searched_velocity(atlas, fixed, mask, spacing=(1, 1, 1), reach=0.4)
     assert masked.abs().max() < 1
     assert everywhere.abs().max() > 6
     _, share = node_features(fixed, mask, (12, 6, 6))
     assert (share[:, :, 6:] == 0).all() and (share[:, :, :5] == 1).all()
-    nothing = searched_velocity(atlas, fixed, torch.zeros_like(mask), spacing=(1, 1, 1), reach=0.3)
+    nothing = searched_velocity(atlas, fixed, torch.zeros_like(mask), spacing=(1, 1, 1), reach=0.4)
     assert nothing.abs().max() == 0
 
 
 @pytest.mark.parametrize(("shape", "spacing"), [((8, 8, 8), (1, 1, 1)), ((12, 12), (1, 1)), ((2, 3, 2), (1, 1, 1))])
 def test_tiny_grids_are_not_searched(shape, spacing):
     image = torch.rand(1, 1, *shape)
-    assert search_grid(shape, spacing, 0.3) is None
-    assert searched_velocity(image, image, torch.ones_like(image), spacing=spacing, reach=0.3) is None
+    assert search_grid(shape, spacing, 0.4) is None
+    assert searched_velocity(image, image, torch.ones_like(image), spacing=spacing, reach=0.4) is None
 
 
 @pytest.mark.parametrize("reach", [0.1, 0.3, 1.0])

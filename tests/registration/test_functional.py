@@ -99,6 +99,15 @@ def test_velocity_on_a_coarser_grid_has_the_same_unit():
     assert torch.allclose(fn.integrate_on(velocity, (12, 15, 8)), torch.full((1, 3, 12, 15, 8), 3.0), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(7, 9), (6, 7, 8)])
+def test_jacobian_of_a_linear_map(shape):
+    dim = len(shape)
+    matrix = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))
+    displacement = torch.einsum("ij,j...->i...", matrix, fn.identity_grid(shape))[None]
+    expected = torch.linalg.det(matrix + torch.eye(dim)).expand(1, *shape)
+    assert torch.allclose(fn.jacobian_determinant(displacement), expected, atol=1e-3)
+
+
 def test_jacobian_of_a_scaling():
     shape = (8, 9, 10)
     grid = fn.identity_grid(shape)[None]

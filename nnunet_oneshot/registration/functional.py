@@ -248,8 +248,7 @@ def similarity_loss_to(
     if similarity == "nmi":
         return lambda warped: -mutual_information(warped.float(), fixed, mask).mean(1)
     if similarity == "lncc":
-        window = min([kernel, *fixed.shape[2:]])
-        window = max(window - 1 + window % 2, 3)
+        window = correlation_window(kernel, fixed.shape[2:])
         moments = local_moments(fixed, window)
     target = mind_ssc(fixed) if similarity == "mind" else fixed
 
@@ -259,12 +258,23 @@ def similarity_loss_to(
             values = -squared_local_correlation(warped, target, window, moments=moments)
         else:
             values = ((mind_ssc(warped) if similarity == "mind" else warped) - target) ** 2
-        if mask is None:
-            return values.flatten(1).mean(1)
-        weights = mask.float().expand_as(values)
-        return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1.0)
+        return masked_mean(values, mask)
 
     return loss
+
+
+def correlation_window(kernel: int, shape: Sequence[int]) -> int:
+    """Edge of the window of local correlation on a grid: odd, at least 3, otherwise no longer than any axis."""
+    window = min([kernel, *shape])
+    return max(window - 1 + window % 2, 3)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of each sample of (B, C, *grid), (B,), over the places where a mask (B, 1, *grid) is 1; None is all."""
+    if mask is None:
+        return values.flatten(1).mean(1)
+    weights = mask.float().expand_as(values)
+    return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1.0)
 
 
 def similarity_loss(

@@ -16,11 +16,14 @@ from nnunet_oneshot.registration.affine import centre_alignment, register_affine
 from nnunet_oneshot.registration.cache import Registration
 from nnunet_oneshot.registration.fitting import downsample, refine_velocity, velocity_shape
 from nnunet_oneshot.registration.functional import (
+    correlation_window,
     integrate_on,
     inverse_residual,
     jacobian_determinant,
+    local_moments,
+    masked_mean,
     scale_vectors,
-    similarity_loss_to,
+    squared_local_correlation,
     warp,
 )
 from nnunet_oneshot.registration.grid import RegistrationGrid
@@ -192,9 +195,12 @@ class AtlasRegistrar:
 
     def _quality(self, velocity: Tensor, atlas: Tensor, fixed: Tensor, mask: Tensor) -> list[dict]:
         displacement = integrate_on(velocity, self.grid.shape, steps=_QUALITY_STEPS)
-        dissimilarity = similarity_loss_to(fixed, mask, similarity="lncc", kernel=self.config.lncc_kernel)
-        warped = warp(atlas, displacement)
-        before, after = dissimilarity(atlas), dissimilarity(warped)
+        window = correlation_window(self.config.lncc_kernel, self.grid.shape)
+        moments = local_moments(fixed, window)
+        before, after = (
+            squared_local_correlation(image, fixed, window, moments=moments)
+            for image in (atlas, warp(atlas, displacement))
+        )
         determinant = jacobian_determinant(displacement).flatten(1)
         edges = torch.tensor(self.grid.spacing, device=displacement.device).view(1, -1, *[1] * len(self.grid.shape))
         length = (displacement * edges).norm(dim=1).flatten(1)
@@ -205,9 +211,8 @@ class AtlasRegistrar:
         residual, inside = inverse_residual(scale_vectors(velocity, self.grid.shape, coarse), steps=_QUALITY_STEPS)
         error = (residual * coarse_edges).norm(dim=1) * inside
         figures = {
-            # The loss is the negative squared correlation.
-            "similarity_before": -before,
-            "similarity_after": -after,
+            "similarity_before": masked_mean(before, mask),
+            "similarity_after": masked_mean(after, mask),
             "folding": (determinant <= 0).float().mean(1),
             "jacobian_min": determinant.min(1).values,
             "jacobian_max": determinant.max(1).values,
@@ -220,10 +225,7 @@ class AtlasRegistrar:
         }
         if self._foreground is not None:
             labels = warp(self._foreground.expand(len(fixed), -1, *self.grid.shape), displacement)
-            at_labels = similarity_loss_to(
-                fixed, mask * _around(labels), similarity="lncc", kernel=self.config.lncc_kernel
-            )
-            figures["similarity_at_labels"] = -at_labels(warped)
+            figures["similarity_at_labels"] = masked_mean(after, mask * _around(labels))
         return [{name: round(float(values[i]), 6) for name, values in figures.items()} for i in range(len(fixed))]
 
     def _guide_quality(self, velocity: Tensor, guide: LabelGuide) -> list[dict]:

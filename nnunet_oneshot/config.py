@@ -53,7 +53,7 @@ class RegistrationConfig:
     smoothness: float = 0.2
     velocity_downsample: int = 2
     integration_steps: int = 5
-    refine_iterations: tuple[int, ...] = (30, 30, 10)
+    refine_iterations: tuple[int, ...] = (30, 30, 8)
     refine_learning_rate: float = 0.5
     search_reach: float = 0.2
     network_iterations: int = 1000

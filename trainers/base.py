@@ -21,6 +21,7 @@ from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import resolve_fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import require_env, writing
+from nnunet_oneshot.precision import Float32Loss, autocast, uses_bfloat16
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.synthesis.data_loader import wrap_workers
 from nnunet_oneshot.synthesis.mirroring import decide_mirror_axes
@@ -76,6 +77,22 @@ class OneShotTrainer(nnUNetTrainer):
         if self.device.type == "cpu" and is_3d:
             return network.to(self.device, memory_format=torch.channels_last_3d)
         return network.to(self.device)
+
+    def autocast(self):
+        """The context in which networks run in training."""
+        return autocast(self.device, self.config.precision)
+
+    def _build_loss(self) -> torch.nn.Module:
+        loss = super()._build_loss()
+        return Float32Loss(loss) if uses_bfloat16(self.device, self.config.precision) else loss
+
+    def train_step(self, batch: dict) -> dict:
+        with self.autocast():
+            return super().train_step(batch)
+
+    def validation_step(self, batch: dict) -> dict:
+        with self.autocast():
+            return super().validation_step(batch)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         cases, labelled = self._cases(), self._labelled_cases()

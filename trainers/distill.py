@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import isfile, join
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
-from nnunetv2.utilities.helpers import dummy_context
 from torch._dynamo import OptimizedModule
 
 from nnunet_oneshot.checkpoints import saving_checkpoint
@@ -84,10 +83,10 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         self.teacher_optimizer.zero_grad(set_to_none=True)
         # One network after the other, so that the activations of only one are held.
-        with self._autocast():
+        with self.autocast():
             reconstruction, teacher_features = self.distiller.reconstruct(real)
         self._scaled(reconstruction).backward()
-        with self._autocast():
+        with self.autocast():
             output, features = self._features(self._student(), data)
             segmentation = self.loss(output, target)
             hint = self.distiller.hint(features, teacher_features, weight, hint_weight=self._hint_weight())
@@ -135,7 +134,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         image, student = real[chosen], None
         with torch.no_grad():
             if self._average_speaks and self.current_epoch >= settings.student_start * self.num_epochs:
-                with self._autocast():
+                with self.autocast():
                     output = self.distiller.averaged(image)
                 student = output[0] if isinstance(output, list) else output
             levels = target if isinstance(target, list) else [target]
@@ -160,9 +159,6 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     def _hint_weight(self) -> float:
         return self.distiller.hint_weight(self.current_epoch / self.num_epochs)
-
-    def _autocast(self):
-        return torch.autocast(self.device.type) if self.device.type == "cuda" else dummy_context()
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)

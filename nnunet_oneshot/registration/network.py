@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from nnunet_oneshot.config import RegistrationConfig
+from nnunet_oneshot.precision import autocast
 from nnunet_oneshot.registration.fitting import downsample, velocity_shape
 from nnunet_oneshot.registration.functional import (
     contrastive_loss,
@@ -85,6 +87,7 @@ def fit_network(
     config: RegistrationConfig,
     seed: int,
     device: torch.device,
+    precision: str = "auto",
 ) -> list[float]:
     """Trains the network on all pairs: similarity + smoothness + contrastive term (arXiv 2408.03616).
 
@@ -97,6 +100,8 @@ def fit_network(
         config: Weights, iterations, batch size.
         seed: Order of the pairs.
         device: Where the network is.
+        precision: Whether convolutions may run in bfloat16 on a processor, see `nnunet_oneshot.precision`; velocities
+            are integrated, and losses computed, in float32.
 
     Returns:
         The loss of each iteration.
@@ -113,7 +118,9 @@ def fit_network(
         batch = [load_pair(pairs[i]) for i in order.tolist()]
         fixed, mask = (torch.cat([pair[k] for pair in batch]).to(device) for k in (0, 1))
         atlas = atlases[index].to(device).expand(len(batch), -1, *fixed.shape[2:])
-        velocity, atlas_features, case_features = network(atlas, fixed)
+        with autocast(device, precision) if device.type == "cpu" else contextlib.nullcontext():
+            velocity, atlas_features, case_features = network(atlas, fixed)
+        velocity = velocity.float()
         loss = _pair_loss(velocity, atlas, fixed, mask, spacings[index], config)
         if config.contrastive:
             loss = loss + config.contrastive * contrastive_loss(

@@ -105,4 +105,5 @@ def _fit(
         config=config.registration,
         seed=config.seed,
         device=device,
+        precision=config.precision,
     )

@@ -361,3 +361,23 @@ def test_network_of_two_stages_trains_without_deep_supervision(prepare, make_tra
     trainer = make_trainer(prepare(), "OneShotDistillTrainer_1epoch", edit=shorten)
     trainer.run_training()
     assert np.isfinite(trainer.logger.get_value("train_losses", step=-1))
+
+
+@pytest.mark.parametrize("name", ["OneShotSynthesisTrainer", "OneShotDistillTrainer"])
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_training_in_bfloat16_keeps_weights_and_losses_in_float32(
+    prepare, make_trainer, stubs, monkeypatch, name, precision
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    trainer = make_trainer(prepare(), name, edit=lambda p: p["oneshot"].update(precision=precision))
+    trainer.initialize()
+    seen = []
+    trainer.network.encoder.register_forward_hook(lambda module, inputs, skips: seen.append(skips[0].dtype))
+    training, progress = trainer.get_dataloaders()
+    loss = trainer.train_step(next(training))["loss"]
+    with torch.no_grad():
+        progress_loss = trainer.validation_step(next(progress))["loss"]
+    assert seen == [torch.bfloat16 if precision == "auto" else torch.float32] * 2
+    assert loss.dtype == progress_loss.dtype == np.float32
+    assert np.isfinite([loss, progress_loss]).all()
+    assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}

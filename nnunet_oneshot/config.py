@@ -27,7 +27,8 @@ class RegistrationConfig:
             (self-similarity descriptors) or ``"nmi"`` (mutual information); the affine stage then maximises mutual
             information instead of correlation.
         lncc_kernel: Edge of the LNCC window, voxels of the registration grid.
-        smoothness: Weight of the diffusion energy of the velocity field, taken in physical units.
+        smoothness: Weight of the diffusion energy of the velocity field, taken in physical units, at full resolution; a
+            level that is n times coarser has an n-th of an n-th of it.
         velocity_downsample: The velocity grid is this many times coarser than the registration grid.
         integration_steps: Scaling-and-squaring steps.
         refine_iterations: Adam steps of the per-pair optimisation at each resolution level, coarse to fine.
@@ -53,7 +54,7 @@ class RegistrationConfig:
     smoothness: float = 0.2
     velocity_downsample: int = 2
     integration_steps: int = 5
-    refine_iterations: tuple[int, ...] = (30, 30, 8)
+    refine_iterations: tuple[int, ...] = (20, 25, 12)
     refine_learning_rate: float = 0.5
     search_reach: float = 0.2
     network_iterations: int = 1000
@@ -146,6 +147,8 @@ class OneShotConfig:
         seed: Seed of synthesis, network initialisation and registration.
         initial_lr: Learning rate with which a student on warped atlases or real images starts (AdamW). The CPU preset
             has 0.003: its networks have a quarter of nnU-Net's features and are trained for few iterations.
+        precision: ``"auto"`` (convolutions in bfloat16 on a processor that computes it in hardware, nnU-Net's mixed
+            precision on CUDA, float32 elsewhere) or ``"float32"`` (no bfloat16 on a processor).
         mirror_axes: ``"auto"`` (mirroring is left out on every axis on which it would exchange labels of the atlas, or
             on which no unlabelled training image looks mirrored) or a list of patch axes that may be mirrored, in
             training and at test time.
@@ -160,6 +163,7 @@ class OneShotConfig:
     atlases: tuple[str, ...] | None = None
     seed: int = 12345
     initial_lr: float = 1e-3
+    precision: str = "auto"
     mirror_axes: str | tuple[int, ...] = "auto"
     progress_cases: int = 8
     unlabelled_fraction: float = 1.0
@@ -201,6 +205,7 @@ def with_guide(config: OneShotConfig, guide: str | os.PathLike | None) -> OneSho
 _CHOICES = {
     "method": ("refine", "network", "network+refine"),
     "similarity": ("lncc", "mse", "mind", "nmi"),
+    "precision": ("auto", "float32"),
     "hint": ("voxel", "voxel_raw", "global", "none"),
 }
 _PROBABILITIES = (

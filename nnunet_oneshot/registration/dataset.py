@@ -29,6 +29,8 @@ from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_ca
 # Voxels of the registration grid optimised together: small grids share the overhead of a step.
 _BATCH_VOXELS = 600_000
 _LAYOUT = 2
+# Settings of the per-pair optimisation: methods that differ in them share a network.
+_PAIRWISE = ("method", "refine_iterations", "refine_learning_rate", "search_reach")
 
 
 def register_dataset(
@@ -89,9 +91,9 @@ def register_dataset(
     # Not among the parameters of what no guide takes part in; and a guide is known by its weights, not by its place.
     del parameters["guide"], parameters["guide_weight"]
     if "network" in config.registration.method:
-        parameters["seed"] = config.seed
+        parameters["seed"], parameters["precision"] = config.seed, config.precision
         parameters["topology"] = dataset.registration_configuration().network_arch_init_kwargs
-    network_parameters = parameters
+    network_parameters = {name: value for name, value in parameters.items() if name not in _PAIRWISE}
     if student is not None:
         log(student.describe())
         parameters = {**parameters, "guide": student.digest, "guide_weight": settings.guide_weight}

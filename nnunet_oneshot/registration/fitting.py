@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -118,6 +119,8 @@ class _Level:
     ) -> None:
         self._shape, self._config = shape, config
         self.step_size = config.refine_learning_rate
+        # What is large is found while it is cheap: penalised alike on all levels, large displacements stay too short.
+        self._smoothness = config.smoothness * (prod(shape) / prod(fixed.shape[2:])) ** (2 / len(shape))
         atlas, level_fixed, mask = (downsample(v, shape) for v in (atlas, fixed, mask))
         similarity = config.similarity
         if similarity == "mind":
@@ -133,7 +136,7 @@ class _Level:
         """Dissimilarity, weighted diffusion energy and, with a guide, weighted disagreement of labels: (B,)."""
         displacement = self._displacement(velocity)
         energy = diffusion_energy(scale_vectors(velocity, self._shape, self._coarse), self._edges)
-        loss = self._dissimilarity(warp(self._atlas, displacement)) + self._config.smoothness * energy
+        loss = self._dissimilarity(warp(self._atlas, displacement)) + self._smoothness * energy
         if self._disagreement is not None:
             loss = loss + self._config.guide_weight * self._disagreement(displacement)
         return loss

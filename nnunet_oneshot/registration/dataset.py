@@ -28,7 +28,7 @@ from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_ca
 
 # Voxels of the registration grid optimised together: small grids share the overhead of a step.
 _BATCH_VOXELS = 600_000
-_LAYOUT = 2
+_LAYOUT = 3
 # Settings of the per-pair optimisation: methods that differ in them share a network.
 _PAIRWISE = ("method", "refine_iterations", "refine_learning_rate", "search_reach")
 

@@ -173,6 +173,31 @@ def folding(displacement: Tensor) -> Tensor:
     return (jacobian_determinant(displacement) <= 0).flatten(1).float().mean(1)
 
 
+def without_folds(velocity: Tensor, shape: Sequence[int], *, steps: int = 7, rounds: int = 20) -> Tensor:
+    """Velocity fields smoothed where their flows fold, and nowhere else, until they do not.
+
+    The flow of a velocity field does not fold, but its approximation on a grid does where the field changes too much
+    from one place to the next.
+
+    Args:
+        velocity: (B, D, *coarse), voxels of the grid of shape ``shape``.
+        shape: The grid on which folds are looked for.
+        steps: Number of squarings.
+        rounds: Largest number of smoothings.
+
+    Returns:
+        (B, D, *coarse); ``velocity`` itself where nothing folds.
+    """
+    for _ in range(rounds):
+        folds = (jacobian_determinant(integrate_on(velocity, shape, steps=steps)) <= 0)[:, None].to(velocity.dtype)
+        if not folds.any():
+            break
+        # The velocity at a place takes part in the flow around it, and a place counts whatever the share of its folds.
+        around = (box_mean(downsample(folds, velocity.shape[2:]), 5) > 0).to(velocity.dtype)
+        velocity = torch.lerp(velocity, box_mean(velocity, 3), box_mean(around, 3))
+    return velocity
+
+
 def box_mean(image: Tensor, window: int) -> Tensor:
     """Mean over a cube of ``window`` voxels (odd) around every place of (B, C, *grid); border voxels are repeated."""
     dim = image.ndim - 2

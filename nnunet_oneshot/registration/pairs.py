@@ -25,6 +25,7 @@ from nnunet_oneshot.registration.functional import (
     scale_vectors,
     squared_local_correlation,
     warp,
+    without_folds,
 )
 from nnunet_oneshot.registration.grid import RegistrationGrid
 from nnunet_oneshot.registration.label_guide import LabelGuide, guide_shape
@@ -171,6 +172,9 @@ class AtlasRegistrar:
             )
         with torch.no_grad():
             qualities = self._quality(velocity, atlas, fixed, mask)
+            if any(quality["folding"] > 0 for quality in qualities):
+                velocity = without_folds(velocity, self.grid.shape, steps=_QUALITY_STEPS)
+                qualities = self._quality(velocity, atlas, fixed, mask)
             if guide is not None:
                 for quality, figures in zip(qualities, self._guide_quality(velocity, guide), strict=True):
                     quality.update(figures)

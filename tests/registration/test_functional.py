@@ -195,3 +195,17 @@ def test_loss_to_one_image_serves_many(similarity):
     for image in (first, second):
         assert torch.equal(loss(image), fn.similarity_loss(image, fixed, mask, similarity=similarity, kernel=5))
     assert not torch.allclose(loss(first), loss(second), atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (20, 16, 18)])
+def test_folds_are_smoothed_where_they_are(shape):
+    smooth = torch.stack([torch.sin(2 * torch.pi * x / 16) for x in fn.identity_grid(shape)])[None]
+    folded = smooth.clone()
+    block = (0, slice(None), *[slice(5, 10)] * len(shape))
+    folded[block] += 8 * torch.randn(folded[block].shape, generator=torch.Generator().manual_seed(0))
+    both = torch.cat([smooth, folded])
+    assert [bool(share > 0) for share in fn.folding(fn.integrate_velocity(both, steps=7))] == [False, True]
+    result = fn.without_folds(both, shape)
+    assert torch.equal(result[0], both[0])
+    assert fn.folding(fn.integrate_velocity(result, steps=7)).max() == 0
+    assert torch.equal(result[1, :, -3:], both[1, :, -3:])

@@ -94,7 +94,13 @@ def _dice_by_unlabelled_cases(
 
 
 def _write_examples(folder: Path, out: Path, prepared: PreparedDataset, records: Sequence[Mapping[str, Any]]) -> None:
-    """The best, median and worst case of one method, with the segmentations of the main methods beside it."""
+    """The best, median and worst case of one method, with the segmentations of the main methods beside it.
+
+    Runs whose segmentations were removed are left out: their scores are in their records.
+    """
+    records = [record for record in records if (out / record["segmentations"]).is_dir()]
+    if not records:
+        return
     names = [record["method"] for record in records]
     order = [*reversed([m for m in _SHOWN[:4] if m in names]), *names]
     leading = [record for record in records if record["method"] == order[0]][0]

@@ -102,6 +102,21 @@ def test_tables_hold_the_runs_of_earlier_calls(commands, tmp_path):
     assert {row["method"] for row in results(tmp_path / "out")} == {"nnunet-atlas", "distill"}
 
 
+def test_records_are_enough_to_go_on_from(commands, tmp_path):
+    dataset, issued = commands
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert benchmark(dataset, first, *FAST) == 0
+    for source in [first / "benchmark.json", *first.rglob("run.json")]:
+        target = second / source.relative_to(first)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+    issued.clear()
+    assert benchmark(dataset, second, *FAST) == 0
+    assert not issued
+    assert results(second) == results(first)
+    assert (second / "summary.md").is_file() and not (second / "figures" / "examples.png").exists()
+
+
 def test_interrupted_training_is_resumed(commands, tmp_path):
     dataset, issued = commands
     assert benchmark(dataset, tmp_path / "out", *FAST) == 0

@@ -147,8 +147,8 @@ class OneShotConfig:
         seed: Seed of synthesis, network initialisation and registration.
         initial_lr: Learning rate with which a student on warped atlases or real images starts (AdamW). The CPU preset
             has 0.003: its networks have a quarter of nnU-Net's features and are trained for few iterations.
-        precision: ``"auto"`` (convolutions in bfloat16 on a processor that computes it in hardware, nnU-Net's mixed
-            precision on CUDA, float32 elsewhere) or ``"float32"`` (no bfloat16 on a processor).
+        precision: Of the convolutions in trainings: ``"auto"`` (bfloat16 on a processor that computes it in hardware,
+            nnU-Net's mixed precision on CUDA, float32 elsewhere) or ``"float32"`` (no bfloat16 on a processor).
         mirror_axes: ``"auto"`` (mirroring is left out on every axis on which it would exchange labels of the atlas, or
             on which no unlabelled training image looks mirrored) or a list of patch axes that may be mirrored, in
             training and at test time.

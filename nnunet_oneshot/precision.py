@@ -13,7 +13,7 @@ _HARDWARE = ("avx512_bf16", "amx_bf16")
 
 
 def computes_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; elsewhere it is emulated, and slower than float32.
+    """Whether this x86 processor multiplies bfloat16 in hardware; elsewhere it is emulated, or has not been measured.
 
     Releases of torch that do not tell are answered with False.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import partial
 from typing import ClassVar
@@ -87,12 +88,20 @@ class OneShotTrainer(nnUNetTrainer):
         return Float32Loss(loss) if uses_bfloat16(self.device, self.config.precision) else loss
 
     def train_step(self, batch: dict) -> dict:
-        with self.autocast():
+        with self._autocast_around_nnunet():
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
-        with self.autocast():
+        with self._autocast_around_nnunet():
             return super().validation_step(batch)
+
+    def _autocast_around_nnunet(self):
+        """The context of nnU-Net's own steps, which see to mixed precision on CUDA and have none on a processor.
+
+        Their backward pass falls into it too; of what runs there it changes nothing, as all convolutions are in
+        bfloat16 already.
+        """
+        return self.autocast() if self.device.type == "cpu" else contextlib.nullcontext()
 
     def do_split(self) -> tuple[list[str], list[str]]:
         cases, labelled = self._cases(), self._labelled_cases()

@@ -8,7 +8,8 @@ place, size, tilt and density of each organ are drawn for each, and bowel, gas a
 from __future__ import annotations
 
 import argparse
-import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, exit_status
+from nnunet_oneshot.io import atomic_folder, save_json_atomic, writing
 
 SHAPE = (96, 80, 64)
 SPACING = (4.0, 4.0, 5.0)
@@ -31,7 +33,7 @@ class _Organ:
     """An organ of the body plan, axes right to left, back to front, bottom to top.
 
     Attributes:
-        centre: In half widths of the body.
+        centre: In half widths of the space inside the body's wall, and in 150 mm upwards.
         semi_axes: In mm.
         density: In HU.
         is_vessel: Whether it keeps its place and direction.
@@ -68,17 +70,13 @@ def write_abdomen_dataset(folder: str | Path, *, cases: int = 12, seed: int = 20
         seed: The same seed gives the same files.
 
     Raises:
-        OneShotError: The folder holds something already.
+        OneShotError: The folder holds something already or cannot be written, or there is to be no case.
     """
     folder = Path(folder)
+    if cases < 1:
+        raise OneShotError(f"{cases} abdomens were asked for: give a number of cases of at least 1.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OneShotError(f"{folder} exists and is not empty: abdomens are only written into a new folder.")
-    for name in ("imagesTr", "labelsTr"):
-        (folder / name).mkdir(parents=True)
-    for index in range(cases):
-        image, label = make_abdomen(np.random.default_rng([seed, index]))
-        _write(image, folder / "imagesTr" / f"abdomen_{index:03d}_0000.nii.gz")
-        _write(label, folder / "labelsTr" / f"abdomen_{index:03d}.nii.gz")
     dataset = {
         "name": "Abdomens",
         "description": "Generated abdominal CTs (nnunet_oneshot)",
@@ -87,7 +85,14 @@ def write_abdomen_dataset(folder: str | Path, *, cases: int = 12, seed: int = 20
         "numTraining": cases,
         "file_ending": ".nii.gz",
     }
-    (folder / "dataset.json").write_text(json.dumps(dataset, indent=2) + "\n")
+    with writing(folder), atomic_folder(folder) as unfinished:
+        for name in ("imagesTr", "labelsTr"):
+            (unfinished / name).mkdir()
+        for index in range(cases):
+            image, label = make_abdomen(np.random.default_rng([seed, index]))
+            _write(image, unfinished / "imagesTr" / f"abdomen_{index:03d}_0000.nii.gz")
+            _write(label, unfinished / "labelsTr" / f"abdomen_{index:03d}.nii.gz")
+        save_json_atomic(dataset, unfinished / "dataset.json")
 
 
 def make_abdomen(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +122,7 @@ def make_abdomen(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         image[where] = organ.density + rng.normal(0, _DENSITY)
         label[where] = LABELS[name]
     image = gaussian_filter(image, 0.5) + 8 * _smooth_noise(1.5, rng) + rng.normal(0, 12, SHAPE)
-    return image.astype(np.int16), label
+    return image.round().astype(np.int16), label
 
 
 def _places(rng: np.random.Generator) -> np.ndarray:
@@ -163,13 +168,22 @@ def _smooth_noise(smoothing: float | tuple[float, ...], rng: np.random.Generator
 def _write(array: np.ndarray, path: Path) -> None:
     image = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
     image.SetSpacing(SPACING)
+    # The second axis runs from back to front, ITK's the other way.
+    image.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1))
     sitk.WriteImage(image, str(path), True)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes a raw nnU-Net dataset of generated abdominal CTs.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """What ``python -m nnunet_oneshot.demo.abdomens`` does; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nnunet_oneshot.demo.abdomens", description="Writes a raw nnU-Net dataset of generated CTs."
+    )
     parser.add_argument("folder", help="such as nnUNet_raw/Dataset998_Abdomens")
-    parser.add_argument("--cases", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=2024)
-    arguments = parser.parse_args()
-    write_abdomen_dataset(arguments.folder, cases=arguments.cases, seed=arguments.seed)
+    parser.add_argument("--cases", type=int, default=12, help="number of images (default: 12)")
+    parser.add_argument("--seed", type=int, default=2024, help="the same seed gives the same files (default: 2024)")
+    options = parser.parse_args(arguments)
+    return exit_status(lambda: write_abdomen_dataset(options.folder, cases=options.cases, seed=options.seed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -147,7 +147,7 @@ def _posterior(
 
 def _agreement(propagated: Tensor, student: Tensor, present: Tensor) -> Tensor:
     """Mean Dice over the foreground labels between the most probable labels of two (L, N) arrays; a scalar."""
-    # The values of a maximum are found several times faster than argmax finds its place.
+    # ``max`` finds the places several times faster than ``argmax``.
     first, second = propagated.max(0).indices, student.max(0).indices
     sizes, common = (
         torch.bincount(labels, minlength=len(present))[present != 0]
@@ -192,7 +192,7 @@ def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Tensor:
 
 
 def _extents(labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Lowest and highest voxel of each of ``number`` labels of a map (*spatial), (number, D) each."""
+    """Lowest and highest voxel of the labels 0 ... number - 1 of a map (*spatial), (number, D) each."""
     lowest, highest = [], []
     for axis, size in enumerate(labels.shape):
         places = torch.arange(size, device=labels.device).view([-1 if a == axis else 1 for a in range(labels.ndim)])

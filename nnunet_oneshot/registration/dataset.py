@@ -18,6 +18,7 @@ import nnunet_oneshot
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
 from nnunet_oneshot.io import atomic_path, writing
+from nnunet_oneshot.precision import uses_bfloat16
 from nnunet_oneshot.registration.cache import FOLDER, Registration, RegistrationCache
 from nnunet_oneshot.registration.figure import registration_figure
 from nnunet_oneshot.registration.network_store import load_or_fit_network
@@ -91,7 +92,7 @@ def register_dataset(
     # Not among the parameters of what no guide takes part in; and a guide is known by its weights, not by its place.
     del parameters["guide"], parameters["guide_weight"]
     if "network" in config.registration.method:
-        parameters["seed"], parameters["precision"] = config.seed, config.precision
+        parameters["seed"], parameters["bfloat16"] = config.seed, uses_bfloat16(device, config.precision)
         parameters["topology"] = dataset.registration_configuration().network_arch_init_kwargs
     network_parameters = {name: value for name, value in parameters.items() if name not in _PAIRWISE}
     if student is not None:
@@ -152,7 +153,7 @@ def register_dataset(
                     registration, key=keys[atlas, registration.case], parameters=parameters, versions=_versions()
                 )
                 progress.update()
-    _report(cache, missing, log)
+    _report(cache, missing, log, affine=settings.affine)
     return cache
 
 
@@ -232,7 +233,9 @@ def _draw(cache: RegistrationCache, registration: Registration, dataset: Prepare
             )
 
 
-def _report(cache: RegistrationCache, pairs: Sequence[tuple[str, str]], log: Callable[[str], None]) -> None:
+def _report(
+    cache: RegistrationCache, pairs: Sequence[tuple[str, str]], log: Callable[[str], None], *, affine: bool
+) -> None:
     qualities = [cache.load(*pair).quality for pair in pairs]
     before, after, folds = (
         np.array([q[name] for q in qualities]) for name in ("similarity_before", "similarity_after", "folding")
@@ -243,6 +246,13 @@ def _report(cache: RegistrationCache, pairs: Sequence[tuple[str, str]], log: Cal
         f"(lowest {after.min():.3f}, {worst[0]} to {worst[1]}), folding {100 * folds.mean():.4f} % of voxels "
         f"(most {100 * folds.max():.4f} %)."
     )
+    unmoved = [pair for pair, quality in zip(pairs, qualities, strict=True) if quality["affine_start"] == "identity"]
+    if unmoved and affine:
+        shown = ", ".join(case for _, case in unmoved[:5]) + (", ..." if len(unmoved) > 5 else "")
+        log(
+            f"Warning: the affine stage found nothing better than the alignment it began with for {len(unmoved)} of "
+            f"{len(pairs)} pairs ({shown}); look at their pictures."
+        )
 
 
 def _digest(content: str | bytes) -> str:

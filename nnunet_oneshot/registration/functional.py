@@ -174,7 +174,7 @@ def folding(displacement: Tensor) -> Tensor:
 
 
 def without_folds(velocity: Tensor, shape: Sequence[int], *, steps: int = 7, rounds: int = 20) -> Tensor:
-    """Velocity fields smoothed where their flows fold, and nowhere else, until they do not.
+    """Velocity fields smoothed where their flows fold, and nowhere else, until they do not, or for ``rounds`` times.
 
     The flow of a velocity field does not fold, but its approximation on a grid does where the field changes too much
     from one place to the next.

@@ -118,6 +118,7 @@ def fit_network(
         batch = [load_pair(pairs[i]) for i in order.tolist()]
         fixed, mask = (torch.cat([pair[k] for pair in batch]).to(device) for k in (0, 1))
         atlas = atlases[index].to(device).expand(len(batch), -1, *fixed.shape[2:])
+        # On CUDA the half precision of training needs its gradients scaled, which this plain loop does not do.
         with autocast(device, precision) if device.type == "cpu" else contextlib.nullcontext():
             velocity, atlas_features, case_features = network(atlas, fixed)
         velocity = velocity.float()

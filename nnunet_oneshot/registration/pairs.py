@@ -172,7 +172,7 @@ class AtlasRegistrar:
             )
         with torch.no_grad():
             qualities = self._quality(velocity, atlas, fixed, mask)
-            if any(quality["folding"] > 0 for quality in qualities):
+            if any(quality["jacobian_min"] <= 0 for quality in qualities):
                 velocity = without_folds(velocity, self.grid.shape, steps=_QUALITY_STEPS)
                 qualities = self._quality(velocity, atlas, fixed, mask)
             if guide is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from scipy.ndimage import affine_transform, gaussian_filter
 
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.registration.affine import centre_alignment, register_affine
-from nnunet_oneshot.registration.functional import integrate_velocity, resize, warp
+from nnunet_oneshot.registration.fitting import _Level
+from nnunet_oneshot.registration.functional import diffusion_energy, identity_grid, integrate_velocity, resize, warp
 from nnunet_oneshot.registration.grid import RegistrationGrid
 from nnunet_oneshot.registration.pairs import AtlasRegistrar, register_arrays
 from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case, warp_label_probabilities
@@ -65,6 +68,33 @@ def test_known_affine_is_recovered(shape):
     assert result.metric_after < result.metric_before
 
 
+def in_voxels(transform, centre, spacing):
+    """A linear map about a centre in mm (3, 3) as a map of voxels, (4, 4)."""
+    scale = np.diag(spacing)
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.linalg.inv(scale) @ transform @ scale
+    matrix[:3, 3] = centre - matrix[:3, :3] @ centre
+    return matrix
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        [[np.cos(0.15), -np.sin(0.15), 0], [np.sin(0.15), np.cos(0.15), 0], [0, 0, 1]],
+        [[1.12, 0, 0], [0, 0.9, 0], [0, 0, 1.1]],
+    ],
+    ids=["rotation", "scaling"],
+)
+def test_rotation_and_scaling_in_mm_under_anisotropic_spacing(transform):
+    shape, spacing = (20, 60, 50), (3.0, 1.0, 1.2)
+    moving = blobs(shape)
+    matrix = in_voxels(np.array(transform), (np.array(shape) - 1) / 2, spacing)
+    result = register_affine(pulled(moving, matrix), moving, fixed_spacing=spacing, moving_spacing=spacing)
+    # Errors in mm: both maps lead to voxels, which are scaled to mm.
+    to_mm = np.diag([*spacing, 1.0])
+    assert mean_error(to_mm @ result.matrix, to_mm @ matrix, shape) < 0.3
+
+
 def test_translation_in_mm_under_anisotropic_spacing():
     shape, spacing = (16, 40, 40), (3.0, 1.0, 1.0)
     moving = blobs(shape)
@@ -102,6 +132,15 @@ def test_affine_that_stretches_more_than_twofold_is_discarded(monkeypatch):
     assert largest_stretch() > 2
 
 
+def field_error(registration, velocity):
+    """Distance in voxels between where a registration reads the atlas and where the known flow does, (*grid)."""
+    found = atlas_coordinates(registration)
+    if velocity.shape[1] == 2:
+        found = found[1:, 0]
+    known = integrate_velocity(velocity)[0]
+    return (found - known - identity_grid(known.shape[1:])).norm(dim=0)
+
+
 @pytest.mark.parametrize("shape", [(1, 40, 36), (28, 26, 24)])
 def test_known_smooth_deformation_is_recovered(shape):
     atlas = blobs(shape[shape[0] == 1 :] if shape[0] == 1 else shape)
@@ -115,11 +154,53 @@ def test_known_smooth_deformation_is_recovered(shape):
     warped, _ = warp_atlas_to_case(registration, atlas, np.zeros((1, *shape), np.int16))
     before, after = np.abs(atlas - case).mean(), np.abs(warped - case).mean()
     assert after < 0.5 * before
+    moved = integrate_velocity(velocity)[0].norm(dim=0)
+    error = field_error(registration, velocity)
+    # Where the images show something; two voxels from the border, beyond which nothing was observed.
+    inner = (slice(2, -2),) * dim
+    assert error[inner].mean() < 0.4 * moved[inner].mean()
     assert registration.quality["similarity_after"] > registration.quality["similarity_before"]
     assert registration.quality["folding"] < 1e-4
     assert registration.quality["inverse_consistency_mm"] < 0.15
     assert registration.quality["observed"] > 0.8
     assert registration.velocity.shape[0] == 3
+
+
+def test_a_flow_that_folds_is_smoothed(monkeypatch):
+    image = blobs((20, 18, 16))
+    generator = torch.Generator().manual_seed(0)
+
+    def rough(atlas, fixed, mask, **_):
+        return 6 * torch.randn(1, 3, 10, 9, 8, generator=generator.manual_seed(0))
+
+    monkeypatch.setattr("nnunet_oneshot.registration.pairs.refine_velocity", rough)
+    smoothed = register_arrays(image, image, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1))
+    monkeypatch.setattr("nnunet_oneshot.registration.pairs.without_folds", lambda velocity, *_, **__: velocity)
+    folded = register_arrays(image, image, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1))
+    assert folded.quality["folding"] > 0 >= folded.quality["jacobian_min"]
+    assert smoothed.quality["folding"] == 0 < smoothed.quality["jacobian_min"]
+
+
+@pytest.mark.parametrize(("level", "share"), [((40, 24, 24), 1), ((20, 12, 12), 1 / 4), ((10, 6, 6), 1 / 16)])
+def test_coarse_levels_are_smoothed_less(level, share):
+    shape = (40, 24, 24)
+    image = torch.from_numpy(blobs(shape))[None]
+    config = RegistrationConfig(velocity_downsample=1, similarity="mse")
+    stiff, free = (
+        _Level(
+            image,
+            image,
+            torch.ones_like(image),
+            level,
+            spacing=(1, 1, 1),
+            config=dataclasses.replace(config, smoothness=weight),
+            guide=None,
+        )
+        for weight in (1.0, 0.0)
+    )
+    field = torch.rand(1, 3, *level, generator=torch.Generator().manual_seed(0))
+    energy = diffusion_energy(field, [n / m for n, m in zip(shape, level, strict=True)])
+    assert (stiff.loss(field) - free.loss(field)).item() == pytest.approx(share * energy.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tiny networks and plans for the tests of distillation."""
+"""Tiny networks and the plans they are built from."""
 
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -12,6 +12,7 @@ def configuration(dim: int, architecture: str = "PlainConvUNet", features: tuple
     blocks = {"n_conv_per_stage": [1] * n} if architecture == "PlainConvUNet" else {"n_blocks_per_stage": [1] * n}
     return ConfigurationManager(
         {
+            "patch_size": [16] * dim,
             "architecture": {
                 "network_class_name": f"dynamic_network_architectures.architectures.unet.{architecture}",
                 "arch_kwargs": {

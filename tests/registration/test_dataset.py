@@ -1,0 +1,75 @@
+"""Registrations of a dataset: what is cached, what is computed again, and which settings share a network."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_oneshot.cli import main
+from nnunet_oneshot.registration import dataset as module
+
+PLANS = "nnUNetOneShotCPUPlans"
+
+
+@pytest.fixture
+def prepared(tiny_dataset):
+    torch.set_num_threads(1)
+    dataset = tiny_dataset(n_cases=4)
+    plan = ["plan_and_preprocess", "-d", str(dataset.id), "-pl", "OneShotCPUPlanner", "-c", "3d_fullres", "--no_pbar"]
+    assert main(plan) == 0
+    return dataset
+
+
+def register(dataset, monkeypatch, capsys, **settings):
+    """What the command printed, and the files that it left: path -> content."""
+    overrides = {"registration": {"refine_iterations": [2, 2], **settings}}
+    monkeypatch.setenv("nnUNet_oneshot_overrides", json.dumps(overrides))
+    capsys.readouterr()
+    assert main(["register", "-d", str(dataset.id), "-c", "3d_fullres", "-p", PLANS, "--no_figures"]) == 0
+    base = dataset.preprocessed / "oneshot_registrations"
+    return capsys.readouterr().out, {p: p.read_bytes() for p in sorted(base.rglob("*")) if p.is_file()}
+
+
+def test_finished_pairs_are_kept_and_damaged_ones_computed_again(prepared, monkeypatch, capsys):
+    _, first = register(prepared, monkeypatch, capsys)
+    printed, second = register(prepared, monkeypatch, capsys)
+    assert second == first and "are cached" in printed
+    arrays = [path for path in first if path.suffix == ".npz"]
+    assert len(arrays) == 3
+    arrays[0].write_bytes(first[arrays[0]][:-20])
+    arrays[1].with_suffix(".json").write_text("{not json")
+    printed, third = register(prepared, monkeypatch, capsys)
+    assert printed.count("is damaged") == 2 and "2 of 3 pairs" in printed
+    assert set(third) == set(first)
+    for path in arrays:
+        with np.load(path) as found:
+            assert np.isfinite(found["velocity"]).all()
+
+
+def test_other_settings_are_another_registration(prepared, monkeypatch, capsys):
+    register(prepared, monkeypatch, capsys)
+    assert "3 of 3 pairs" in register(prepared, monkeypatch, capsys, smoothness=1.0)[0]
+
+
+def test_an_affine_stage_that_finds_nothing_is_told(prepared, monkeypatch, capsys):
+    monkeypatch.setattr("nnunet_oneshot.registration.affine._LARGEST_STRETCH", 0.5)
+    printed, _ = register(prepared, monkeypatch, capsys)
+    assert "Warning: the affine stage found nothing better" in printed and "case_01" in printed
+
+
+def test_methods_share_one_network(prepared, monkeypatch, capsys):
+    fitted = []
+    original = module.load_or_fit_network
+
+    def fit(folder, *arguments, **options):
+        result = original(folder, *arguments, **options)
+        fitted.append(sorted(path.name for path in folder.glob("network_*.pth")))
+        return result
+
+    monkeypatch.setattr(module, "load_or_fit_network", fit)
+    register(prepared, monkeypatch, capsys, method="network", network_iterations=2)
+    printed, _ = register(prepared, monkeypatch, capsys, method="network+refine", network_iterations=2)
+    assert "Using the registration network" in printed
+    register(prepared, monkeypatch, capsys, method="network", network_iterations=3)
+    assert [len(names) for names in fitted] == [1, 1, 2]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from nnunet_oneshot.registration.functional import downsample, identity_grid, sa
 
 # An axis is not thinned out below this.
 _MINIMUM_EDGE = 16
+# Voxels of the atlas whose coordinates are held at a time.
+_SLAB_VOXELS = 2**21
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,13 @@ class RegistrationGrid:
         Returns:
             Image (1, C, *shape), and mask (1, 1, *shape) that is 1 where the case was observed.
         """
-        inverse = torch.from_numpy(np.linalg.inv(affine)).float()
-        points = transform_points(inverse, identity_grid(self.atlas_shape)[None])
         sizes = torch.tensor(case.shape[1:], dtype=torch.float32).view(1, -1, *[1] * (case.ndim - 1))
-        inside = ((points > -0.5) & (points < sizes - 0.5)).all(1, keepdim=True).float()
-        image = sample_at(_z_scored(case), points)
+        source = _z_scored(case)
+        image = torch.empty(1, len(case), *self.atlas_shape)
+        inside = torch.empty(1, 1, *self.atlas_shape)
+        for slab, points in self._places(affine):
+            image[:, :, slab] = sample_at(source, points)
+            inside[:, :, slab] = ((points > -0.5) & (points < sizes - 0.5)).all(1, keepdim=True).float()
         return downsample(image, self.shape), (downsample(inside, self.shape) > 0.5).float()
 
     def fixed_maps(self, maps: np.ndarray, affine: np.ndarray, shape: Sequence[int]) -> Tensor:
@@ -76,12 +81,32 @@ class RegistrationGrid:
         Returns:
             (1, K, *shape), averages over the voxels of that grid.
         """
-        points = transform_points(
-            torch.from_numpy(np.linalg.inv(affine)).float(), identity_grid(self.atlas_shape)[None]
-        )
+        result = []
         # One at a time: there may be many labels, and the atlas's grid may be large.
-        parts = [torch.from_numpy(np.ascontiguousarray(part, np.float32))[None, None] for part in maps]
-        return torch.cat([downsample(sample_at(part, points), shape) for part in parts], dim=1)
+        for part in maps:
+            source = torch.from_numpy(np.ascontiguousarray(part, np.float32))[None, None]
+            moved = torch.empty(1, 1, *self.atlas_shape)
+            for slab, points in self._places(affine):
+                moved[:, :, slab] = sample_at(source, points)
+            result.append(downsample(moved, shape))
+        return torch.cat(result, dim=1)
+
+    def _places(self, affine: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
+        """Where the voxels of the atlas lie in a case, slab by slab along the first axis, as memory is bounded.
+
+        Args:
+            affine: (D + 1, D + 1), case voxel coordinates -> atlas voxel coordinates.
+
+        Yields:
+            The slab, and case voxel coordinates (1, D, slab, *rest).
+        """
+        inverse = torch.from_numpy(np.linalg.inv(affine)).float()
+        first, *rest = self.atlas_shape
+        thickness = max(1, _SLAB_VOXELS // math.prod(rest))
+        for start in range(0, first, thickness):
+            places = identity_grid((min(thickness, first - start), *rest))
+            places[0] += start
+            yield slice(start, start + thickness), transform_points(inverse, places[None])
 
 
 def _z_scored(image: np.ndarray) -> Tensor:

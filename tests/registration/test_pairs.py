@@ -279,6 +279,19 @@ def test_registration_grid_respects_the_limit_and_covers_the_atlas():
     assert np.allclose(np.array(grid.shape) * grid.spacing, [100, 200, 100])
 
 
+@pytest.mark.parametrize("shape", [(17, 12), (9, 12, 10)])
+def test_slabs_change_nothing(shape, monkeypatch):
+    dim = len(shape)
+    grid = RegistrationGrid.over(shape, (1.0,) * dim, 500)
+    case, affine = np.random.default_rng(0).random((2, *shape[::-1]), np.float32), np.eye(dim + 1)
+    affine[:dim, dim] = 1.5
+    whole = (*grid.fixed_image(case, affine), grid.fixed_maps(case, affine, (4,) * dim))
+    monkeypatch.setattr("nnunet_oneshot.registration.grid._SLAB_VOXELS", 2 * shape[1])
+    parts = (*grid.fixed_image(case, affine), grid.fixed_maps(case, affine, (4,) * dim))
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert 0 < whole[1].mean() < 1
+
+
 def test_similarity_at_labels_is_that_of_their_surroundings():
     atlas = blobs((28, 26, 24))
     case = atlas.copy()

@@ -82,10 +82,12 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         target = self._corrected(target, real, batch["from_real"])
         self.optimizer.zero_grad(set_to_none=True)
         self.teacher_optimizer.zero_grad(set_to_none=True)
-        # One network after the other, so that the activations of only one are held.
-        with self.autocast():
-            reconstruction, teacher_features = self.distiller.reconstruct(real)
-        self._scaled(reconstruction).backward()
+        reconstruction, teacher_features = torch.zeros(()), []
+        if self.distiller.teaches:
+            # One network after the other, so that the activations of only one are held.
+            with self.autocast():
+                reconstruction, teacher_features = self.distiller.reconstruct(real)
+            self._scaled(reconstruction).backward()
         with self.autocast():
             output, features = self._features(self._student(), data)
             segmentation = self.loss(output, target)
@@ -164,8 +166,11 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
     def _step(self) -> None:
-        """One step of both optimisers with gradients clipped as nnU-Net does."""
-        for module, optimizer in ((self.network, self.optimizer), (self.distiller, self.teacher_optimizer)):
+        """One step of the optimisers with gradients clipped as nnU-Net does."""
+        moved = [(self.network, self.optimizer)]
+        if self.distiller.teaches:
+            moved.append((self.distiller, self.teacher_optimizer))
+        for module, optimizer in moved:
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(module.parameters(), _GRADIENT_NORM)

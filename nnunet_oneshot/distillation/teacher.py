@@ -91,6 +91,11 @@ class Distiller(nn.Module):
         """Starts the average of a student's weights, which is kept and saved with the teacher."""
         self.averaged = average_of(student, self.config.average_decay)
 
+    @property
+    def teaches(self) -> bool:
+        """Whether the student hears of the teacher; otherwise there is no need to train one."""
+        return self.config.hint != "none"
+
     def hint_weight(self, progress: float) -> float:
         """Weight of the hint after a share ``progress`` (0 to 1) of the epochs: a linear rise, then constant."""
         if progress >= self.config.warmup_epochs:
@@ -137,8 +142,8 @@ class Distiller(nn.Module):
         Returns:
             The sum over the levels, as in the paper, at weight 1.
         """
-        total = teacher[0].new_zeros((), dtype=torch.float32)
-        if self.config.hint == "none":
+        total = student[0].new_zeros((), dtype=torch.float32)
+        if not self.teaches:
             return total
         for projection, own, other in zip(self.projections, student, teacher, strict=False):
             projected = projection(scale_gradient(own, hint_weight))

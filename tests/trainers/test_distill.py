@@ -80,6 +80,16 @@ def test_without_hint_and_real_patches_the_student_is_that_of_synthesis(prepare,
     assert torch.equal(*weights)
 
 
+def test_a_teacher_that_nobody_hears_is_not_trained(prepare, make_trainer, stubs):
+    trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(hint="none"))
+    trainer.initialize()
+    before = copies(trainer.network, trainer.distiller.teacher)
+    losses = trainer.train_step(next(trainer.get_dataloaders()[0]))
+    after = copies(trainer.network, trainer.distiller.teacher)
+    assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert losses["hint"] == losses["reconstruction"] == 0 < losses["loss"]
+
+
 def test_teacher_learns_to_reconstruct(trainer):
     batch = next(trainer.get_dataloaders()[0])
     values = [float(trainer.train_step(batch)["reconstruction"]) for _ in range(12)]

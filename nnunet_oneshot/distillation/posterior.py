@@ -184,7 +184,7 @@ def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Tensor:
     """Each label's indicator, blurred: (L, *spatial); computed in the box around the label."""
     result = torch.zeros((len(present), *labels.shape), device=labels.device)
     radius = math.ceil(3 * blur)
-    lowest, highest = _extents(torch.searchsorted(present, labels), len(present))
+    lowest, highest = _extents(torch.searchsorted(present.long(), labels.long()), len(present))
     for index, (label, low, high) in enumerate(zip(present, lowest.tolist(), highest.tolist(), strict=True)):
         box = [slice(max(0, start - radius), stop + radius + 1) for start, stop in zip(low, high, strict=True)]
         result[(index, *box)] = _gaussian((labels[tuple(box)] == label).float()[None], blur)[0]

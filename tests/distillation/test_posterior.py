@@ -86,9 +86,10 @@ def test_more_labels_than_are_kept_at_a_place():
     assert (found == labels).float().mean() > 0.99
 
 
-def test_the_type_of_the_labels_is_kept():
-    labels = block((8, 8), (2, 2), (6, 6)).to(torch.int16)
-    assert posterior_labels(noisy(labels.float()), labels, blur=0.0, strength=1.0).dtype == torch.int16
+@pytest.mark.parametrize("kind", [torch.int16, torch.float32, torch.bool])
+def test_the_type_of_the_labels_is_kept(kind):
+    labels = block((12, 12, 12), (3, 3, 3), (8, 8, 8)).to(kind)
+    assert posterior_labels(noisy(labels.float()), labels, blur=1.0, strength=0.5).dtype == kind
 
 
 def options(**changes):

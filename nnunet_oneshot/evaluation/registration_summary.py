@@ -92,11 +92,14 @@ def _figures(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
         "pairs": len(own),
         "dice_mean": _rounded(np.mean, dice),
         "dice_sd": _rounded(_deviation, dice),
+        "dice_median": _rounded(np.median, dice),
+        "dice_to_syn": ratio("dice", np.median),
         "dice_per_label": {
             label: _rounded(np.mean, [v for row in own.values() if (v := row["dice_per_label"].get(label)) is not None])
             for label in labels
         },
         "hd95_median": _rounded(np.median, values("hd95")),
+        "hd95_to_syn": ratio("hd95", np.median),
         "folding_median": _rounded(np.median, values("folding"), 8),
         "folding_max": _rounded(np.max, values("folding"), 8),
         "seconds_median": _rounded(np.median, values("seconds")),
@@ -159,12 +162,14 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
 
 def _table(methods: Mapping[str, Mapping[str, Any]], *, over_atlases: bool) -> list[str]:
     header = ["method", "pairs", "mean Dice", "SD over pairs", *(["SD over atlases"] if over_atlases else [])]
-    header += ["HD95 (mm, median)", "folding (%, median)", "folding (%, max)", "seconds (median)", "to SyN"]
+    header += ["median Dice", "to SyN", "HD95 (mm, median)", "to SyN", "folding (%, median)", "folding (%, max)"]
+    header += ["seconds (median)", "to SyN"]
     header += ["CPU seconds (median)", "to SyN", "peak memory (MiB)", "to SyN", "above the start (MiB)"]
     body = []
     for method, figures in methods.items():
         shown = [("dice_mean", 4), ("dice_sd", 4), *([("dice_sd_atlases", 4)] if over_atlases else [])]
-        cells = [_cell(figures[name], digits) for name, digits in [*shown, ("hd95_median", 2)]]
+        shown += [("dice_median", 4), ("dice_to_syn", 3), ("hd95_median", 2), ("hd95_to_syn", 3)]
+        cells = [_cell(figures[name], digits) for name, digits in shown]
         for name in ("folding_median", "folding_max"):
             cells.append(_cell(None if figures[name] is None else 100 * figures[name], 4))
         for value, share in (("seconds_median", "seconds_to_syn"), ("cpu_seconds_median", "cpu_seconds_to_syn")):

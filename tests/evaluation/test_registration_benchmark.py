@@ -242,13 +242,15 @@ def test_summary_is_over_atlases_and_against_syn():
         row("ours", "x", "2", 0.6, 3.0),
         row("ours", "y", "1", 0.0, 2.0, peak_memory_mb=300.0),
         row("ours", "y", "2", None, 2.0, hd95=None),
-        row("syn", "x", "1", 0.7, 10.0, peak_memory_mb=200.0),
+        row("syn", "x", "1", 0.7, 10.0, peak_memory_mb=200.0, hd95=4.0),
     ]
     methods = summarise(rows)["methods"]
     assert list(methods) == ["ours", "syn"]
     overall, first = methods["ours"]["all"], methods["ours"]["atlases"]["x"]
     assert first["dice_mean"] == 0.7 and first["dice_sd"] == pytest.approx(0.2 / 2**0.5, abs=1e-6)
     assert overall["dice_mean"] == 0.35 and overall["dice_sd_atlases"] == pytest.approx(0.7 / 2**0.5, abs=1e-6)
+    assert overall["dice_median"] == 0.6 and overall["dice_to_syn"] == pytest.approx(0.8 / 0.7, abs=1e-6)
+    assert overall["hd95_median"] == 2 and overall["hd95_to_syn"] == 0.5
     assert overall["folding_max"] == 0.25 and overall["folding_median"] == 0
     assert overall["seconds_median"] == 2 and overall["seconds_to_syn"] == 0.1
     assert overall["peak_memory_mb"] == 300 and overall["peak_memory_to_syn"] == 0.5

@@ -39,6 +39,12 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_occupied(path: str | os.PathLike) -> bool:
+    """Whether a new folder at this path would stand in the way of something: a file, or a folder that holds any."""
+    path = Path(path)
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 @contextmanager
 def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
     """An empty temporary folder beside ``target`` that takes its place when the block ends without an error.

@@ -31,13 +31,16 @@ def uses_bfloat16(device: torch.device, precision: str) -> bool:
     return device.type == "cpu" and precision == "auto" and computes_bfloat16()
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The context in which networks run in training: nnU-Net's on CUDA, bfloat16 where `uses_bfloat16`, else none."""
-    if device.type == "cuda":
-        return torch.autocast(device.type)
+def processor_autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """A context with convolutions in bfloat16 where `uses_bfloat16`, else one that does nothing."""
     if uses_bfloat16(device, precision):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context in which networks run in training: nnU-Net's on CUDA, elsewhere `processor_autocast`."""
+    return torch.autocast(device.type) if device.type == "cuda" else processor_autocast(device, precision)
 
 
 class Float32Loss(nn.Module):

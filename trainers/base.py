@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from functools import partial
 from typing import ClassVar
@@ -22,7 +21,7 @@ from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import resolve_fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import require_env, writing
-from nnunet_oneshot.precision import Float32Loss, autocast, uses_bfloat16
+from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.synthesis.data_loader import wrap_workers
 from nnunet_oneshot.synthesis.mirroring import decide_mirror_axes
@@ -79,29 +78,19 @@ class OneShotTrainer(nnUNetTrainer):
             return network.to(self.device, memory_format=torch.channels_last_3d)
         return network.to(self.device)
 
-    def autocast(self):
-        """The context in which networks run in training."""
-        return autocast(self.device, self.config.precision)
-
     def _build_loss(self) -> torch.nn.Module:
         loss = super()._build_loss()
         return Float32Loss(loss) if uses_bfloat16(self.device, self.config.precision) else loss
 
+    # nnU-Net's own steps see to mixed precision on CUDA and have none on a processor. Their backward pass falls into
+    # the context too; of what runs there it changes nothing, as all convolutions are in bfloat16 already.
     def train_step(self, batch: dict) -> dict:
-        with self._autocast_around_nnunet():
+        with processor_autocast(self.device, self.config.precision):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
-        with self._autocast_around_nnunet():
+        with processor_autocast(self.device, self.config.precision):
             return super().validation_step(batch)
-
-    def _autocast_around_nnunet(self):
-        """The context of nnU-Net's own steps, which see to mixed precision on CUDA and have none on a processor.
-
-        Their backward pass falls into it too; of what runs there it changes nothing, as all convolutions are in
-        bfloat16 already.
-        """
-        return self.autocast() if self.device.type == "cpu" else contextlib.nullcontext()
 
     def do_split(self) -> tuple[list[str], list[str]]:
         cases, labelled = self._cases(), self._labelled_cases()

@@ -15,6 +15,7 @@ from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.posterior import posterior_target
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, save_teacher, teacher_file
+from nnunet_oneshot.precision import autocast
 from nnunet_oneshot.trainers.base import CUDA
 from nnunet_oneshot.trainers.synthesis import OneShotSynthesisTrainer
 
@@ -85,10 +86,10 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         reconstruction, teacher_features = torch.zeros(()), []
         if self.distiller.teaches:
             # One network after the other, so that the activations of only one are held.
-            with self.autocast():
+            with self._autocast():
                 reconstruction, teacher_features = self.distiller.reconstruct(real)
             self._scaled(reconstruction).backward()
-        with self.autocast():
+        with self._autocast():
             output, features = self._features(self._student(), data)
             segmentation = self.loss(output, target)
             hint = self.distiller.hint(features, teacher_features, weight, hint_weight=self._hint_weight())
@@ -136,7 +137,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         image, student = real[chosen], None
         with torch.no_grad():
             if self._average_speaks and self.current_epoch >= settings.student_start * self.num_epochs:
-                with self.autocast():
+                with self._autocast():
                     output = self.distiller.averaged(image)
                 student = output[0] if isinstance(output, list) else output
             levels = target if isinstance(target, list) else [target]
@@ -161,6 +162,9 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     def _hint_weight(self) -> float:
         return self.distiller.hint_weight(self.current_epoch / self.num_epochs)
+
+    def _autocast(self):
+        return autocast(self.device, self.config.precision)
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)

@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
 from nnunet_oneshot.errors import OneShotError, exit_status
-from nnunet_oneshot.io import atomic_folder, save_json_atomic, writing
+from nnunet_oneshot.io import atomic_folder, is_occupied, save_json_atomic, writing
 
 SHAPE = (96, 80, 64)
 SPACING = (4.0, 4.0, 5.0)
@@ -75,7 +75,7 @@ def write_abdomen_dataset(folder: str | Path, *, cases: int = 12, seed: int = 20
     folder = Path(folder)
     if cases < 1:
         raise OneShotError(f"{cases} abdomens were asked for: give a number of cases of at least 1.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         raise OneShotError(f"{folder} exists and is not empty: abdomens are only written into a new folder.")
     dataset = {
         "name": "Abdomens",

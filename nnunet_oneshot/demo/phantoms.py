@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 from scipy.spatial import cKDTree
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.io import is_occupied
 
 LABELS = {"background": 0, "left_lobe": 1, "right_lobe": 2, "core": 3, "arch": 4}
 SHAPE = (25, 28, 24)
@@ -44,7 +45,7 @@ def write_phantom_dataset(
         OneShotError: The folder holds something already.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         raise OneShotError(f"{folder} exists and is not empty: phantoms are only written into a new folder.")
     for name in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         (folder / name).mkdir(parents=True)

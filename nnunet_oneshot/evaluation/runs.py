@@ -17,7 +17,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.commands import CommandResult, command_environment, run_command
 from nnunet_oneshot.evaluation.methods import METHODS, Method, merge_settings, parse_method, trainer_name
 from nnunet_oneshot.evaluation.metrics import score_segmentation
-from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.io import is_occupied, load_json_checked, save_json_atomic, writing
 
 RECORD = "run.json"
 TOLERANCE_MM = 2.0
@@ -220,7 +220,7 @@ def claim_folder(path: Path, settings: Mapping[str, Any], what: str) -> None:
             shown = "; ".join(f"{key}: {found.get(key)!r}, now {settings[key]!r}" for key in differing)
             raise OneShotError(f"{out} holds a benchmark of other settings ({shown}): give -o another folder.")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_occupied(out):
         raise OneShotError(f"{out} is not empty and holds no {what}: give -o a new folder.")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 from nnunet_oneshot import __version__
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.io import atomic_folder, save_json_atomic, writing
+from nnunet_oneshot.io import atomic_folder, is_occupied, save_json_atomic, writing
 from nnunet_oneshot.registration.cache import Registration
 from nnunet_oneshot.registration.figure import registration_figure
 from nnunet_oneshot.registration.functional import identity_grid, sample_at, similarity_loss, transform_points
@@ -185,7 +185,7 @@ def register_pair(
         OneShotError: An input cannot be used, or ``out`` holds files.
     """
     target = Path(out).resolve()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+    if is_occupied(target):
         raise OneShotError(f"{out} exists and is not empty: name a new folder, or remove it first.")
     _check_device(device)
     fixed_volume, moving_volume = read_volume(fixed, "fixed"), read_volume(moving, "moving")

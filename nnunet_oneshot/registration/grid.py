@@ -82,10 +82,11 @@ class RegistrationGrid:
             (1, K, *shape), averages over the voxels of that grid.
         """
         result = []
-        # One at a time: there may be many labels, and the atlas's grid may be large.
-        for part in maps:
-            source = torch.from_numpy(np.ascontiguousarray(part, np.float32))[None, None]
-            moved = torch.empty(1, 1, *self.atlas_shape)
+        # Not all at once: there may be many labels, and the atlas's grid may be large.
+        together = max(1, _SLAB_VOXELS // math.prod(self.atlas_shape))
+        for start in range(0, len(maps), together):
+            source = torch.from_numpy(np.ascontiguousarray(maps[start : start + together], np.float32))[None]
+            moved = torch.empty(1, source.shape[1], *self.atlas_shape)
             for slab, points in self._places(affine):
                 moved[:, :, slab] = sample_at(source, points)
             result.append(downsample(moved, shape))

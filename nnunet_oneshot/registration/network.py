@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from nnunet_oneshot.config import RegistrationConfig
-from nnunet_oneshot.precision import autocast
+from nnunet_oneshot.precision import processor_autocast
 from nnunet_oneshot.registration.fitting import downsample, velocity_shape
 from nnunet_oneshot.registration.functional import (
     contrastive_loss,
@@ -119,7 +118,7 @@ def fit_network(
         fixed, mask = (torch.cat([pair[k] for pair in batch]).to(device) for k in (0, 1))
         atlas = atlases[index].to(device).expand(len(batch), -1, *fixed.shape[2:])
         # On CUDA the half precision of training needs its gradients scaled, which this plain loop does not do.
-        with autocast(device, precision) if device.type == "cpu" else contextlib.nullcontext():
+        with processor_autocast(device, precision):
             velocity, atlas_features, case_features = network(atlas, fixed)
         velocity = velocity.float()
         loss = _pair_loss(velocity, atlas, fixed, mask, spacings[index], config)

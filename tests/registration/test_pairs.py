@@ -168,10 +168,9 @@ def test_known_smooth_deformation_is_recovered(shape):
 
 def test_a_flow_that_folds_is_smoothed(monkeypatch):
     image = blobs((20, 18, 16))
-    generator = torch.Generator().manual_seed(0)
 
     def rough(atlas, fixed, mask, **_):
-        return 6 * torch.randn(1, 3, 10, 9, 8, generator=generator.manual_seed(0))
+        return 6 * torch.randn(1, 3, 10, 9, 8, generator=torch.Generator().manual_seed(0))
 
     monkeypatch.setattr("nnunet_oneshot.registration.pairs.refine_velocity", rough)
     smoothed = register_arrays(image, image, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1))

@@ -116,8 +116,9 @@ class DistillationConfig:
             they are.
         posterior_blur: Standard deviation by which a propagated label is blurred before that, voxels: how far it may
             be wrong.
-        student_start: Share of the epochs after which the averaged student has a say in that correction.
-        student_share: Weight of its segmentation there, beside that of the propagated label, times the Dice of the two.
+        rounds: Shares (between 0 and 1) of the epochs after which the averaged student segments the unlabelled images
+            and guides a new registration of the atlas to them. Before the first round the student sees synthetic
+            patches alone. Without rounds, ``[]``, it sees real ones from the start, labelled by the first registration.
         average_decay: Share of the averaged student that remains at each step.
     """
 
@@ -132,8 +133,7 @@ class DistillationConfig:
     real_share: float = 0.75
     posterior_strength: float = 0.6
     posterior_blur: float = 1.0
-    student_start: float = 0.3
-    student_share: float = 0.5
+    rounds: tuple[float, ...] = (0.4, 0.7)
     average_decay: float = 0.99
 
 
@@ -217,8 +217,6 @@ _PROBABILITIES = (
     "unlabelled_fraction",
     "warmup_epochs",
     "real_share",
-    "student_start",
-    "student_share",
     "average_decay",
     "search_reach",
 )
@@ -303,6 +301,10 @@ def _checked(name: str, value: Any, spec: dataclasses.Field, where: str) -> Any:
         return tuple(value)
     if name == "version" and value != spec.default:
         raise fail(f"{spec.default}, the layout this release reads")
+    if name == "rounds":
+        if not isinstance(value, list) or not all(_is_number(v) and 0 < v < 1 for v in value):
+            raise fail("a list, empty or of numbers between 0 and 1 such as [0.4, 0.7]")
+        return tuple(value)
     if name in _CHOICES and value not in _CHOICES[name]:
         raise fail(f"one of {list(_CHOICES[name])}")
     default = spec.default

@@ -8,11 +8,56 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 
 CHECKPOINT = "checkpoint_final.pth"
+
+
+def foreground_probabilities(predictor, image: np.ndarray) -> np.ndarray:
+    """Probability of every foreground label, or region, at every voxel, by nnU-Net's sliding window.
+
+    Args:
+        predictor: nnU-Net's, with a network.
+        image: (C, X, Y, Z), preprocessed.
+
+    Returns:
+        (K, X, Y, Z) float32.
+    """
+    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.ascontiguousarray(image)))
+    heads = predictor.label_manager.apply_inference_nonlin(logits.float()).numpy()
+    return heads if predictor.label_manager.has_regions else heads[1:]
+
+
+def build_predictor(
+    network: torch.nn.Module,
+    *,
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    dataset_json: dict,
+    mirror_axes: Sequence[int] | None,
+    device: torch.device,
+):
+    """nnU-Net's predictor around a network in memory.
+
+    Args:
+        network: Without deep supervision, on ``device``.
+        plans_manager: nnU-Net's.
+        configuration_manager: nnU-Net's, of the configuration that the network is for.
+        dataset_json: Description of the dataset.
+        mirror_axes: Axes of the patch that may be mirrored, or None.
+        device: Where the network runs.
+    """
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type != "cpu", allow_tqdm=False)
+    predictor.manual_initialization(
+        network, plans_manager, configuration_manager, [network.state_dict()], dataset_json, "", mirror_axes
+    )
+    return predictor
 
 
 def load_predictor(folder: Path, folds: Sequence[str], device: str | torch.device):

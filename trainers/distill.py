@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import isfile, join
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch._dynamo import OptimizedModule
@@ -16,6 +17,9 @@ from nnunet_oneshot.distillation.posterior import posterior_target
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, save_teacher, teacher_file
 from nnunet_oneshot.precision import autocast
+from nnunet_oneshot.registration.cache import FOLDER, RegistrationCache
+from nnunet_oneshot.registration.dataset import register_again
+from nnunet_oneshot.registration.student import StudentInTraining
 from nnunet_oneshot.trainers.base import CUDA
 from nnunet_oneshot.trainers.synthesis import OneShotSynthesisTrainer
 
@@ -25,9 +29,11 @@ _GRADIENT_NORM = 12  # nnU-Net's
 class OneShotDistillTrainer(OneShotSynthesisTrainer):
     """Reconstruction-guided distillation (arXiv 2408.03616).
 
-    The teacher reconstructs the real patch; the student segments the synthetic patch aligned with it, or the real patch
-    itself with the propagated label corrected by its intensities, and is drawn towards the teacher's features. The
-    checkpoints hold the student alone; the teacher lies in a file beside each.
+    The teacher reconstructs the real patch; the student segments the synthetic patch aligned with it and is drawn
+    towards the teacher's features. At the shares of the training that the settings name as ``rounds`` its average
+    segments the unlabelled images, and the atlas is registered to them again, guided by these segmentations; from then
+    on the student also sees the real patches themselves, with the propagated labels corrected by their intensities.
+    The checkpoints hold the student alone; teacher and average lie in a file beside each.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.distiller: Distiller | None = None
         self.teacher_optimizer = self.teacher_scheduler = None
         self._resumed_from: str | None = None
+        self._prepared_round = 0
 
     def initialize(self) -> None:
         super().initialize()
@@ -49,19 +56,36 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.teacher_scheduler = PolyLRScheduler(
             self.teacher_optimizer, settings.teacher_learning_rate, self.num_epochs
         )
-        if self._average_speaks:
+        if settings.rounds:
             # After the optimiser is made: the average is not trained.
             self.distiller.follow(self._student())
 
     @property
     def real_share(self) -> float:
-        return self.config.distillation.real_share
+        settings = self.config.distillation
+        return settings.real_share if self._round or not settings.rounds else 0.0
 
     @property
-    def _average_speaks(self) -> bool:
-        """Whether the averaged student has a part in correcting labels at any time of the training."""
-        settings = self.config.distillation
-        return settings.real_share * settings.posterior_strength * settings.student_share > 0
+    def _round(self) -> int:
+        """How many times the student has been asked to guide the registration, this epoch included."""
+        return sum(share * self.num_epochs <= self.current_epoch for share in self.config.distillation.rounds)
+
+    def training_registrations(self, registrations: RegistrationCache) -> RegistrationCache:
+        """From the first round on those that the student guides; a resumed training asks the student again."""
+        self._prepared_round = self._round
+        if self._round == 0:
+            return registrations
+        student = StudentInTraining(
+            self.distiller.averaged.module,
+            plans_manager=self.plans_manager,
+            configuration_manager=self.configuration_manager,
+            dataset_json=self.dataset_json,
+            mirror_axes=self.inference_allowed_mirroring_axes,
+            device=self.device,
+            precision=self.config.precision,
+        )
+        folder = join(self.output_folder, FOLDER)
+        return register_again(registrations, student, folder, cases=self.roles.unlabelled, **self.registered)
 
     def on_train_start(self) -> None:
         if self._resumed_from is not None:
@@ -69,6 +93,9 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:
+        if self._round != self._prepared_round:
+            self._close_loaders()
+            self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         super().on_train_epoch_start()
         self.distiller.train()
         self.teacher_scheduler.step(self.current_epoch)
@@ -134,27 +161,26 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         if not settings.posterior_strength or not from_real.any():
             return target
         chosen = from_real.to(self.device)
-        image, student = real[chosen], None
         with torch.no_grad():
-            if self._average_speaks and self.current_epoch >= settings.student_start * self.num_epochs:
-                with self._autocast():
-                    output = self.distiller.averaged(image)
-                student = output[0] if isinstance(output, list) else output
             levels = target if isinstance(target, list) else [target]
             corrected = posterior_target(
-                image,
+                real[chosen],
                 [level[chosen] for level in levels],
-                student,
                 num_heads=self.label_manager.num_segmentation_heads,
                 has_regions=self.label_manager.has_regions,
                 blur=settings.posterior_blur,
                 strength=settings.posterior_strength,
-                student_share=settings.student_share,
             )
             result = [level.clone() for level in levels]
             for level, part in zip(result, corrected, strict=True):
                 level[chosen] = part
         return result if isinstance(target, list) else result[0]
+
+    def _close_loaders(self) -> None:
+        """Ends the worker processes of both loaders, as nnU-Net does at the end of a training."""
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if isinstance(loader, MultiThreadedAugmenter):
+                loader._finish()
 
     def _student(self) -> torch.nn.Module:
         """The network itself, without the wrapper of ``torch.compile``."""
@@ -184,5 +210,5 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 optimizer.step()
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-        if self._average_speaks:
+        if self.config.distillation.rounds:
             self.distiller.averaged.update_parameters(self._student())

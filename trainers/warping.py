@@ -9,6 +9,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.registration.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset import register_dataset
 from nnunet_oneshot.synthesis.data_loader import build_oneshot_loader
 from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
@@ -37,16 +38,10 @@ class WarpingTrainer(OneShotTrainer):
         self.roles.require_unlabelled()
         self._check_guide()
         registrations = register_dataset(
-            plans=self.plans_manager.plans,
-            dataset_json=self.dataset_json,
-            configuration=self.configuration_name,
-            atlases=self.roles.atlases,
             cases=sorted({*self.roles.unlabelled, *self.roles.progress}),
-            preprocessed_dataset_folder_base=self.preprocessed_dataset_folder_base,
-            config=self.config,
-            device=self.device,
+            dataset_json=self.dataset_json,
             fold=self.fold,
-            log=self.print_to_log_file,
+            **self.registered,
         )
         patch_size = self.configuration_manager.patch_size
         build = partial(
@@ -54,7 +49,6 @@ class WarpingTrainer(OneShotTrainer):
             dataset_folder=self.preprocessed_dataset_folder,
             dataset_class=self.dataset_class,
             atlases=self.roles.atlases,
-            registrations=registrations,
             batch_size=self.batch_size,
             patch_size=patch_size,
             label_manager=self.label_manager,
@@ -64,6 +58,7 @@ class WarpingTrainer(OneShotTrainer):
         return (
             build(
                 cases=self.roles.unlabelled,
+                registrations=self.training_registrations(registrations),
                 initial_patch_size=initial_patch_size,
                 transforms=training,
                 real_share=self.real_share,
@@ -72,6 +67,7 @@ class WarpingTrainer(OneShotTrainer):
             ),
             build(
                 cases=self.roles.progress,
+                registrations=registrations,
                 initial_patch_size=patch_size,
                 transforms=validation,
                 real_share=0.0,
@@ -79,6 +75,23 @@ class WarpingTrainer(OneShotTrainer):
                 seed=seeds[1],
             ),
         )
+
+    def training_registrations(self, registrations: RegistrationCache) -> RegistrationCache:
+        """The registrations from which training patches are made, given those of the dataset."""
+        return registrations
+
+    @property
+    def registered(self) -> dict:
+        """What is registered and how: arguments of the functions that register a dataset."""
+        return {
+            "plans": self.plans_manager.plans,
+            "configuration": self.configuration_name,
+            "atlases": self.roles.atlases,
+            "preprocessed_dataset_folder_base": self.preprocessed_dataset_folder_base,
+            "config": self.config,
+            "device": self.device,
+            "log": self.print_to_log_file,
+        }
 
     def _check_guide(self) -> None:
         """Refuses a guide that this training would overwrite."""

@@ -27,8 +27,6 @@ def posterior_labels(
     *,
     blur: float,
     strength: float,
-    student: Tensor | None = None,
-    student_share: float = 0.5,
 ) -> Tensor:
     r"""The most probable label of every voxel, given a propagated label map and the image itself.
 
@@ -40,7 +38,7 @@ def posterior_labels(
     .. math:: q_l(p) \propto \pi_l(p) \prod_c h_{l,c}(I_c(p))^{s / C},
               \quad h_{l,c}(i) \propto \sum_p q_l(p) \, [I_c(p) \in \mathrm{bin}_i]
 
-    with the blurred prior :math:`\pi`, into which a student's own segmentation can be mixed, and strength :math:`s`.
+    with the blurred prior :math:`\pi` and strength :math:`s`.
     Voxels farther than 4 from any foreground remain background, so that only the surroundings of the structures count
     as what background looks like.
 
@@ -49,19 +47,15 @@ def posterior_labels(
         labels: (B, 1, *spatial) whole numbers >= 0, 0 is background.
         blur: Standard deviation of the Gaussian that blurs the prior, voxels.
         strength: The exponent s; 0 returns ``labels`` unchanged.
-        student: Probabilities (B, L, *spatial) that a student gives label 0, 1, ... L - 1, or None.
-        student_share: Their share in the prior, times the mean Dice over a sample's foreground labels between student
-            and propagated label: a student that has not learned yet has no say.
 
     Returns:
         Labels of the same shape and type. A label that a sample does not hold does not appear in it.
     """
     if strength == 0:
         return labels
-    students = [None] * len(image) if student is None else student.float()
     results = [
-        _posterior(own, label[0], other, blur=blur, strength=strength, student_share=student_share)
-        for own, label, other in zip(image.float(), labels, students, strict=True)
+        _posterior(own, label[0], blur=blur, strength=strength)
+        for own, label in zip(image.float(), labels, strict=True)
     ]
     return torch.stack(results)[:, None].to(labels.dtype)
 
@@ -69,7 +63,6 @@ def posterior_labels(
 def posterior_target(
     image: Tensor,
     target: Tensor | list[Tensor],
-    student: Tensor | None = None,
     *,
     num_heads: int,
     has_regions: bool,
@@ -82,10 +75,9 @@ def posterior_target(
         target: Labels (B, 1, *spatial), or regions (B, R, *spatial), each treated by itself, with one more channel
             where the dataset has an ignore label; a list of them, full resolution first, under deep supervision.
             Ignored voxels remain ignored.
-        student: Logits (B, num_heads, *spatial) of a student at full resolution, or None.
         num_heads: Number of the network's outputs; for labels also the value of the ignore label.
         has_regions: Whether heads are regions.
-        options: ``blur``, ``strength`` and ``student_share`` of `posterior_labels`.
+        options: ``blur`` and ``strength`` of `posterior_labels`.
 
     Returns:
         Of the same structure; the lower resolutions are nearest neighbours of the full one, as nnU-Net makes them.
@@ -94,35 +86,23 @@ def posterior_target(
     if has_regions:
         result = full.clone()
         for region in range(num_heads):
-            own = None
-            if student is not None:
-                inside = student[:, region : region + 1].float().sigmoid()
-                own = torch.cat([1 - inside, inside], dim=1)
-            result[:, region : region + 1] = posterior_labels(
-                image, full[:, region : region + 1], student=own, **options
-            )
+            result[:, region : region + 1] = posterior_labels(image, full[:, region : region + 1], **options)
     else:
         ignored = full >= num_heads
-        own = None if student is None else student.float().softmax(1)
-        labels = posterior_labels(image, full.masked_fill(ignored, 0), student=own, **options)
+        labels = posterior_labels(image, full.masked_fill(ignored, 0), **options)
         result = torch.where(ignored, full, labels)
     if isinstance(target, list):
         return [_nearest(result, level.shape[2:]) for level in target]
     return result
 
 
-def _posterior(
-    image: Tensor, labels: Tensor, student: Tensor | None, *, blur: float, strength: float, student_share: float
-) -> Tensor:
-    """One sample: image (C, *spatial), labels (*spatial), student (L, *spatial) or None."""
+def _posterior(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> Tensor:
+    """One sample: image (C, *spatial), labels (*spatial)."""
     present = labels.unique()
     if len(present) < 2:
         return labels
     band = _dilated(labels != 0).flatten().nonzero()[:, 0]
     possible = _blurred_indicators(labels, present, blur).flatten(1).index_select(1, band)
-    if student is not None:
-        own = student.index_select(0, present.long()).flatten(1).index_select(1, band)
-        possible = torch.lerp(possible, own, student_share * _agreement(possible, own, present))
     prior, candidates = _largest(possible, min(_CANDIDATES, len(present)))
     bins = [_binned(channel[band]) for channel in _gaussian(image, _IMAGE_SMOOTHING).flatten(1)]
     cells, grid = _cells(band, labels.shape)
@@ -143,17 +123,6 @@ def _posterior(
     result = torch.zeros_like(labels).flatten()
     result[band] = present[candidates.gather(0, posterior.max(0, keepdim=True).indices)[0]]
     return result.view(labels.shape)
-
-
-def _agreement(propagated: Tensor, student: Tensor, present: Tensor) -> Tensor:
-    """Mean Dice over the foreground labels between the most probable labels of two (L, N) arrays; a scalar."""
-    # ``max`` finds the places several times faster than ``argmax``.
-    first, second = propagated.max(0).indices, student.max(0).indices
-    sizes, common = (
-        torch.bincount(labels, minlength=len(present))[present != 0]
-        for labels in (torch.cat([first, second]), first[first == second])
-    )
-    return (2 * common / sizes.clamp_min(1)).mean()
 
 
 def _dilated(mask: Tensor) -> Tensor:

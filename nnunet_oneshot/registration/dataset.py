@@ -24,7 +24,7 @@ from nnunet_oneshot.registration.figure import registration_figure
 from nnunet_oneshot.registration.network_store import load_or_fit_network
 from nnunet_oneshot.registration.outline import restore_outline
 from nnunet_oneshot.registration.pairs import AtlasRegistrar
-from nnunet_oneshot.registration.student import guided_by
+from nnunet_oneshot.registration.student import SegmentingGuide, guided_by
 from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case
 
 # Voxels of the registration grid optimised together: small grids share the overhead of a step.
@@ -73,31 +73,102 @@ def register_dataset(
         OneShotError: The data are missing or damaged, or the folder cannot be written to.
     """
     dataset = PreparedImages(plans, configuration, preprocessed_dataset_folder_base)
-    settings = config.registration
-    student = guided_by(
-        settings.guide,
+    guide = guided_by(
+        config.registration.guide,
         fold=fold,
         plans=plans,
         dataset_json=dataset_json,
         configuration=configuration,
         device=device,
-        method=settings.method,
+        method=config.registration.method,
     )
     folder = Path(preprocessed_dataset_folder_base) / FOLDER / dataset.configuration.data_identifier
-    cache = RegistrationCache(folder if student is None else guided_folder(folder, student.digest))
+    return _register(
+        dataset,
+        RegistrationCache(folder if guide is None else guided_folder(folder, guide.digest)),
+        networks=folder,
+        atlases=atlases,
+        cases=cases,
+        config=config,
+        guide=guide,
+        device=device,
+        log=log,
+        figures=figures,
+    )
+
+
+def register_again(
+    first: RegistrationCache,
+    guide: SegmentingGuide,
+    folder: str | Path,
+    *,
+    plans: dict,
+    configuration: str,
+    atlases: Sequence[str],
+    cases: Sequence[str],
+    preprocessed_dataset_folder_base: str,
+    config: OneShotConfig,
+    device: torch.device,
+    log: Callable[[str], None] = print,
+) -> RegistrationCache:
+    """Registers pairs a second time, pair by pair, guided by the segmentations of a student.
+
+    The affine maps are those of the first time.
+
+    Args:
+        first: Holds all the pairs as they were registered before.
+        guide: Whose segmentations of the cases guide.
+        folder: Where the new registrations go; those of another guide that lie there are overwritten.
+        plans: See `register_dataset`, as the other arguments.
+
+    Returns:
+        The cache that holds all the pairs.
+    """
+    settings = dataclasses.replace(config.registration, method="refine")
+    return _register(
+        PreparedImages(plans, configuration, preprocessed_dataset_folder_base),
+        RegistrationCache(folder),
+        networks=Path(folder),
+        atlases=atlases,
+        cases=cases,
+        config=dataclasses.replace(config, registration=settings),
+        guide=guide,
+        first=first,
+        device=device,
+        log=log,
+        figures=True,
+    )
+
+
+def _register(
+    dataset: PreparedImages,
+    cache: RegistrationCache,
+    *,
+    networks: Path,
+    atlases: Sequence[str],
+    cases: Sequence[str],
+    config: OneShotConfig,
+    guide: SegmentingGuide | None,
+    device: torch.device,
+    log: Callable[[str], None],
+    figures: bool,
+    first: RegistrationCache | None = None,
+) -> RegistrationCache:
+    """Computes what the cache lacks; networks are looked for, and kept, in the folder ``networks``."""
+    settings = config.registration
     parameters = {
         "layout": _LAYOUT,
         **json.loads(json.dumps(dataclasses.asdict(settings))),
     }
     # Not among the parameters of what no guide takes part in; and a guide is known by its weights, not by its place.
     del parameters["guide"], parameters["guide_weight"]
-    if "network" in config.registration.method:
+    if "network" in settings.method:
         parameters["seed"], parameters["bfloat16"] = config.seed, uses_bfloat16(device, config.precision)
         parameters["topology"] = dataset.registration_configuration().network_arch_init_kwargs
     network_parameters = {name: value for name, value in parameters.items() if name not in _PAIRWISE}
-    if student is not None:
-        log(student.describe())
-        parameters = {**parameters, "guide": student.digest, "guide_weight": settings.guide_weight}
+    if guide is not None:
+        log(guide.describe())
+        parameters = {**parameters, "guide": guide.digest, "guide_weight": settings.guide_weight}
     keys, registrars, missing = {}, {}, []
     for atlas in atlases:
         atlas_digest = None
@@ -115,37 +186,41 @@ def register_dataset(
         return cache
     log(
         f"Registering {', '.join(atlases)}: {len(missing)} of {len(keys)} pairs are to be computed "
-        f"({config.registration.method}, on {device}); results go to {cache.folder}."
+        f"({settings.method}, on {device}); results go to {cache.folder}."
     )
     # The network is trained on all pairs, whatever is cached, so that it does not depend on the cache's history.
-    needed = keys if "network" in config.registration.method else missing
+    needed = keys if "network" in settings.method else missing
     for atlas in sorted({atlas for atlas, _ in needed}):
         registrars[atlas] = AtlasRegistrar(
             atlas,
             dataset.image(atlas),
             dataset.spacing(atlas),
-            config=config.registration,
+            config=settings,
             device=device,
             foreground=dataset.segmentation(atlas) > 0,
         )
     with writing(cache.folder):
         cache.folder.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        networks.mkdir(parents=True, exist_ok=True)
     predict = load_or_fit_network(
-        folder, dataset, registrars, list(keys), config=config, parameters=network_parameters, device=device, log=log
+        networks, dataset, registrars, list(keys), config=config, parameters=network_parameters, device=device, log=log
     )
     with tqdm(total=len(missing), desc="Registering") as progress:
         for atlas, batch in _batches(missing, registrars):
             registrar = registrars[atlas]
             images = [dataset.image(case) for case in batch]
-            aligned = [registrar.align(i, dataset.spacing(c)) for i, c in zip(images, batch, strict=True)]
-            guide = None
-            if student is not None:
-                atlas_maps = student.atlas_maps(dataset.segmentation(atlas))
-                guide = registrar.guide(
-                    atlas_maps, [student.probabilities(dataset.preprocessed(c)) for c in batch], aligned
+            known = [None if first is None else first.load(atlas, case) for case in batch]
+            aligned = [
+                registrar.align(image, dataset.spacing(case), known=pair)
+                for image, case, pair in zip(images, batch, known, strict=True)
+            ]
+            labels = None
+            if guide is not None:
+                atlas_maps = guide.atlas_maps(dataset.segmentation(atlas))
+                labels = registrar.guide(
+                    atlas_maps, [guide.probabilities(dataset.preprocessed(c)) for c in batch], aligned
                 )
-            results = registrar.deform(aligned, batch, [i.shape[1:] for i in images], predict=predict, guide=guide)
+            results = registrar.deform(aligned, batch, [i.shape[1:] for i in images], predict=predict, guide=labels)
             for registration, image in zip(results, images, strict=True):
                 if figures:
                     _draw(cache, registration, dataset, image)

@@ -92,7 +92,14 @@ class AtlasRegistrar:
             shown = torch.from_numpy(self._squeeze(foreground).astype(np.float32))[None]
             self._foreground = downsample(shown, self.grid.shape).to(device)
 
-    def align(self, case: np.ndarray, spacing: Sequence[float], *, initial: np.ndarray | None = None) -> Aligned:
+    def align(
+        self,
+        case: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        initial: np.ndarray | None = None,
+        known: Registration | None = None,
+    ) -> Aligned:
         """The affine stage.
 
         Args:
@@ -100,12 +107,15 @@ class AtlasRegistrar:
             spacing: 3 voxel edges of the case, mm.
             initial: (4, 4) rigid map case voxel -> atlas voxel to start from, such as that of the files' headers; None:
                 the axes of both volumes point alike, and their centres are laid on each other.
+            known: An earlier registration of this pair, whose affine map is taken as it is.
         """
         started = time.perf_counter()
         image, edges = self._squeeze(case), self._axes(spacing)
         if initial is not None and self.flat:
             initial = initial[1:, 1:]
-        if self.config.affine:
+        if known is not None:
+            affine, start = known.affine[1:, 1:] if self.flat else known.affine, known.quality["affine_start"]
+        elif self.config.affine:
             result = register_affine(
                 image,
                 self._atlas,

@@ -1,26 +1,75 @@
-"""A trained model that segments the preprocessed images of its own dataset, to guide their registration."""
+"""Networks that segment the preprocessed images of their own dataset, to guide their registration."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from functools import cached_property
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_oneshot.checkpoints import loading_checkpoint
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.inference import CHECKPOINT, load_predictor
+from nnunet_oneshot.inference import CHECKPOINT, build_predictor, foreground_probabilities, load_predictor
 from nnunet_oneshot.io import load_json_checked
+from nnunet_oneshot.precision import processor_autocast
 
 # Normalisations that compute with the foreground intensities of the plans.
 _NORMALISED_BY_PLANS = ("CTNormalization",)
 
 
-class Student:
+class SegmentingGuide(ABC):
+    """A network of this dataset and configuration whose segmentations guide registrations.
+
+    Attributes:
+        labels: nnU-Net's label manager.
+    """
+
+    labels: LabelManager
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Checksum of the network's weights."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A sentence for the log."""
+
+    @abstractmethod
+    def probabilities(self, image: np.ndarray) -> np.ndarray:
+        """Probability of every foreground label, or region, at every voxel.
+
+        Args:
+            image: (C, X, Y, Z), preprocessed.
+
+        Returns:
+            (K, X, Y, Z) float32.
+        """
+
+    def atlas_maps(self, segmentation: np.ndarray) -> np.ndarray:
+        """The atlas's labels in the order of `probabilities`, and last where the atlas is not to be ignored.
+
+        Args:
+            segmentation: (1, X, Y, Z) label map of the atlas.
+
+        Returns:
+            (K + 1, X, Y, Z) float32, 0 or 1.
+        """
+        groups = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
+        masks = [np.isin(segmentation[0], np.atleast_1d(group)) for group in groups]
+        ignored = [self.labels.ignore_label] if self.labels.has_ignore_label else []
+        return np.stack([*masks, ~np.isin(segmentation[0], ignored)]).astype(np.float32)
+
+
+class Student(SegmentingGuide):
     """One fold of a trained model, checked to be one of this dataset, configuration and fold.
 
     Only images go through it. The same fold is asked for because a model of another fold may have learned from labels
@@ -77,31 +126,7 @@ class Student:
         return sentence
 
     def probabilities(self, image: np.ndarray) -> np.ndarray:
-        """Probability of every foreground label, or region, at every voxel.
-
-        Args:
-            image: (C, X, Y, Z), preprocessed.
-
-        Returns:
-            (K, X, Y, Z) float32.
-        """
-        logits = self._predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.ascontiguousarray(image)))
-        heads = self.labels.apply_inference_nonlin(logits.float())
-        return heads.numpy() if self.labels.has_regions else heads.numpy()[1:]
-
-    def atlas_maps(self, segmentation: np.ndarray) -> np.ndarray:
-        """The atlas's labels in the order of `probabilities`, and last where the atlas is not to be ignored.
-
-        Args:
-            segmentation: (1, X, Y, Z) label map of the atlas.
-
-        Returns:
-            (K + 1, X, Y, Z) float32, 0 or 1.
-        """
-        groups = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
-        masks = [np.isin(segmentation[0], np.atleast_1d(group)) for group in groups]
-        ignored = [self.labels.ignore_label] if self.labels.has_ignore_label else []
-        return np.stack([*masks, ~np.isin(segmentation[0], ignored)]).astype(np.float32)
+        return foreground_probabilities(self._predictor, image)
 
     @cached_property
     def _predictor(self):
@@ -165,6 +190,59 @@ class Student:
             )
 
 
+class StudentInTraining(SegmentingGuide):
+    """A copy of a student that is being trained; later steps of its training do not change it.
+
+    Args:
+        network: U-Net of nnU-Net's plans, on ``device``.
+        plans_manager: nnU-Net's.
+        configuration_manager: nnU-Net's, of the configuration that is trained.
+        dataset_json: Description of the dataset.
+        mirror_axes: Axes of the patch that may be mirrored, or None.
+        device: Where the network runs.
+        precision: Of the settings, see `nnunet_oneshot.precision.uses_bfloat16`.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        *,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        dataset_json: dict[str, Any],
+        mirror_axes: Sequence[int] | None,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        network = copy.deepcopy(network)
+        network.decoder.deep_supervision = False
+        self.labels = plans_manager.get_label_manager(dataset_json)
+        self._context = partial(processor_autocast, device, precision)
+        self._predictor = build_predictor(
+            network,
+            plans_manager=plans_manager,
+            configuration_manager=configuration_manager,
+            dataset_json=dataset_json,
+            mirror_axes=mirror_axes,
+            device=device,
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        weights = hashlib.sha256()
+        for name, values in sorted(self._predictor.list_of_parameters[0].items()):
+            weights.update(name.encode())
+            weights.update(values.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return weights.hexdigest()
+
+    def describe(self) -> str:
+        return "Registration is guided by the segmentations of the averaged student."
+
+    def probabilities(self, image: np.ndarray) -> np.ndarray:
+        with self._context():
+            return foreground_probabilities(self._predictor, image)
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
@@ -179,7 +257,7 @@ def guided_by(
     configuration: str,
     device: torch.device,
     method: str,
-) -> Student | None:
+) -> SegmentingGuide | None:
     """The student that the settings name, or None.
 
     Raises:

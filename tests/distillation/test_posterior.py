@@ -123,36 +123,6 @@ def test_every_region_is_corrected_by_itself_and_the_ignore_channel_is_kept():
     assert torch.equal(found[:, 2:], ignored)
 
 
-def test_a_students_segmentation_moves_the_prior_where_intensities_say_nothing():
-    labels = block((16, 16, 16), (0, 0, 0), (16, 16, 7))
-    flat = torch.zeros(labels.shape)
-    certain = 20 * torch.cat(
-        [1 - block((16, 16, 16), (0, 0, 0), (16, 16, 9)), block((16, 16, 16), (0, 0, 0), (16, 16, 9))], 1
-    )
-    kept = posterior_target(flat, labels, certain, **options(num_heads=2, student_share=0.0))
-    moved = posterior_target(flat, labels, certain, **options(num_heads=2, student_share=1.0))
-    assert torch.equal(kept, labels)
-    assert torch.equal(moved, block((16, 16, 16), (0, 0, 0), (16, 16, 9)))
-
-
-def test_a_student_that_finds_nothing_has_no_say():
-    labels, image = block((16, 16, 16), (5, 4, 4), (13, 12, 12)), noisy(block((16, 16, 16), (4, 4, 4), (12, 12, 12)))
-    nothing = torch.cat([torch.full_like(labels, 20.0), torch.zeros_like(labels)], dim=1)
-    alone = posterior_target(image, labels, **options(num_heads=2))
-    assert torch.equal(posterior_target(image, labels, nothing, **options(num_heads=2, student_share=1.0)), alone)
-
-
-def test_a_student_of_regions_speaks_for_each_region():
-    regions = torch.cat([block((16, 16), (0, 0), (16, 7)), block((16, 16), (0, 0), (16, 4))], dim=1)
-    logits = torch.where(
-        torch.cat([block((16, 16), (0, 0), (16, 8)), block((16, 16), (0, 0), (16, 3))], dim=1) > 0, 9.0, -9.0
-    )
-    found = posterior_target(
-        torch.zeros(1, 1, 16, 16), regions, logits, **options(num_heads=2, has_regions=True, student_share=1.0)
-    )
-    assert torch.equal(found > 0.5, logits > 0)
-
-
 def test_strength_zero_returns_the_target_as_it_is():
     target = [block((8, 8), (2, 2), (6, 6))]
     (found,) = posterior_target(torch.zeros(1, 1, 8, 8), target, **options(strength=0))

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from nnunet_oneshot.cli import main
+from nnunet_oneshot.config import OneShotConfig, RegistrationConfig
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.registration import dataset as module
+from nnunet_oneshot.registration.student import SegmentingGuide
 
 PLANS = "nnUNetOneShotCPUPlans"
 
@@ -56,6 +59,62 @@ def test_an_affine_stage_that_finds_nothing_is_told(prepared, monkeypatch, capsy
     monkeypatch.setattr("nnunet_oneshot.registration.affine._LARGEST_STRETCH", 0.5)
     printed, _ = register(prepared, monkeypatch, capsys)
     assert "Warning: the affine stage found nothing better" in printed and "case_01" in printed
+
+
+class FixedGuide(SegmentingGuide):
+    """Finds each label of the atlas where a displacement carries it, in every case."""
+
+    def __init__(self, labels, segmentation, shift):
+        self.labels = labels
+        self.shift = shift
+        self.moved = np.roll(segmentation, shift, axis=1)
+
+    @property
+    def digest(self):
+        return f"shifted by {self.shift}"
+
+    def describe(self):
+        return "Guided by fixed labels."
+
+    def probabilities(self, image):
+        maps = np.zeros((len(self.labels.foreground_labels), *image.shape[1:]), np.float32)
+        box = tuple(slice(0, min(pair)) for pair in zip(image.shape[1:], self.moved.shape[1:], strict=True))
+        for index, label in enumerate(self.labels.foreground_labels):
+            maps[(index, *box)] = self.moved[(0, *box)] == label
+        return maps
+
+
+def test_pairs_are_registered_again_under_a_guide(prepared, monkeypatch, capsys, tmp_path):
+    register(prepared, monkeypatch, capsys)
+    dataset = PreparedDataset.open(dataset=prepared.id, plans_name=PLANS, configuration="3d_fullres")
+    first = module.RegistrationCache(prepared.preprocessed / "oneshot_registrations" / dataset.folder.name)
+    atlas = dataset.image("case_00")
+    monkeypatch.setattr(module.PreparedImages, "image", lambda self, case: atlas)
+    monkeypatch.setattr(module.PreparedImages, "preprocessed", lambda self, case: atlas)
+    config = OneShotConfig(registration=RegistrationConfig(method="network", refine_iterations=(10, 10)))
+    displacements = []
+    for shift in (0, 2, 2):
+        log = []
+        guide = FixedGuide(dataset.label_manager, dataset.segmentation("case_00"), shift)
+        cache = module.register_again(
+            first,
+            guide,
+            tmp_path / "again",
+            plans=dataset.plans,
+            configuration="3d_fullres",
+            atlases=["case_00"],
+            cases=["case_01", "case_02"],
+            preprocessed_dataset_folder_base=str(prepared.preprocessed),
+            config=config,
+            device=torch.device("cpu"),
+            log=log.append,
+        )
+        pair = cache.load("case_00", "case_01")
+        assert np.array_equal(pair.affine, first.load("case_00", "case_01").affine)
+        assert cache.path("case_00", "case_02", ".png").is_file()
+        displacements.append(pair.velocity[0].min())
+    assert "are cached in" in log[-1]
+    assert displacements[1] == displacements[2] < displacements[0] - 0.5
 
 
 def test_methods_share_one_network(prepared, monkeypatch, capsys):

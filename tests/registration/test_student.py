@@ -8,9 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_data import draw_blobs, write_image
 
 from nnunet_oneshot.cli import main
+from nnunet_oneshot.registration.student import StudentInTraining
 
 PLANS, CONFIGURATION, TRAINER = "nnUNetOneShotCPUPlans", "3d_fullres", "OneShotDistillTrainer"
 
@@ -35,9 +38,6 @@ def student(tiny_dataset):
 
 
 def write_model(dataset, folder, *, configuration=CONFIGURATION, seed=0, fold=0):
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
     plans = json.loads((dataset.preprocessed / f"{PLANS}.json").read_text())
     dataset_json = json.loads((dataset.preprocessed / "dataset.json").read_text())
     settings = PlansManager(plans).get_configuration(configuration)
@@ -232,6 +232,48 @@ def edited_checkpoint(model, **arguments):
     checkpoint = torch.load(path, weights_only=False)
     checkpoint["init_args"].update(arguments)
     torch.save(checkpoint, path)
+
+
+def test_a_student_in_training_is_copied(student):
+    dataset, _ = student(n_cases=3)
+    plans = PlansManager(json.loads((dataset.preprocessed / f"{PLANS}.json").read_text()))
+    dataset_json = json.loads((dataset.preprocessed / "dataset.json").read_text())
+    settings = plans.get_configuration(CONFIGURATION)
+    network = get_network_from_plans(
+        settings.network_arch_class_name,
+        settings.network_arch_init_kwargs,
+        settings.network_arch_init_kwargs_req_import,
+        1,
+        plans.get_label_manager(dataset_json).num_segmentation_heads,
+        deep_supervision=True,
+    )
+
+    def copied():
+        return StudentInTraining(
+            network,
+            plans_manager=plans,
+            configuration_manager=settings,
+            dataset_json=dataset_json,
+            mirror_axes=None,
+            device=torch.device("cpu"),
+            precision="float32",
+        )
+
+    # Away from the border, where nnU-Net's window weighs next to nothing and rounds what it has in half precision.
+    inner = (slice(None), *[slice(4, -4)] * 3)
+    image = np.random.default_rng(0).normal(size=(1, *settings.patch_size)).astype(np.float32)
+    guide = copied()
+    with torch.no_grad():
+        output = network.eval()(torch.from_numpy(image)[None])[0]
+    expected = output.softmax(1)[0, 1:].numpy()[inner]
+    digest = guide.digest
+    assert np.allclose(guide.probabilities(image)[inner], expected, atol=5e-3)
+    assert network.decoder.deep_supervision
+    with torch.no_grad():
+        network.decoder.seg_layers[-1].bias.add_(torch.arange(3.0))
+    assert np.allclose(guide.probabilities(image)[inner], expected, atol=5e-3)
+    assert not np.allclose(copied().probabilities(image)[inner], expected, atol=0.1)
+    assert guide.digest == digest != copied().digest
 
 
 def test_models_that_do_not_fit_are_refused(student, capsys, tmp_path):

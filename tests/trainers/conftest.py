@@ -125,10 +125,14 @@ class StubLoader:
 @pytest.fixture
 def stubs(monkeypatch):
     """Replaces registration and loader; gives the loaders that are built and the arguments of registrations."""
+    import nnunet_oneshot.trainers.distill as distill
     import nnunet_oneshot.trainers.warping as module
 
     StubLoader.built = []
     registered = []
     monkeypatch.setattr(module, "register_dataset", lambda **arguments: registered.append(arguments))
+    monkeypatch.setattr(
+        distill, "register_again", lambda *placed, **named: registered.append({"placed": placed, **named}) or "guided"
+    )
     monkeypatch.setattr(module, "build_oneshot_loader", StubLoader)
     return StubLoader.built, registered

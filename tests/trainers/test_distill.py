@@ -96,6 +96,58 @@ def test_teacher_learns_to_reconstruct(trainer):
     assert values[-1] < 0.7 * values[0]
 
 
+def state(trainer):
+    return {name: value.clone() for name, value in trainer.distiller.averaged.module.state_dict().items()}
+
+
+def test_student_guides_the_registrations_from_the_first_round_on(prepare, make_trainer, short, stubs, monkeypatch):
+    built, registered = stubs
+    trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(real_share=0.5))
+    weights = []
+    original = trainer.on_train_epoch_start
+    monkeypatch.setattr(trainer, "on_train_epoch_start", lambda: weights.append(state(trainer)) or original())
+    trainer.run_training()
+    training, progress = built[::2], built[1::2]
+    assert [loader.arguments["real_share"] for loader in training] == [0.0, 0.5, 0.5]
+    assert [loader.arguments["registrations"] for loader in training] == [None, "guided", "guided"]
+    assert [loader.arguments["registrations"] for loader in progress] == [None] * 3
+    assert len({loader.arguments["seed"] for loader in training}) == 3
+    rounds = [arguments for arguments in registered if "placed" in arguments]
+    assert [arguments["cases"] for arguments in rounds] == [trainer.roles.unlabelled] * 2
+    for epoch, arguments in zip((2, 4), rounds, strict=True):
+        first, guide, folder = arguments["placed"]
+        assert first is None
+        assert Path(folder).parent == Path(trainer.output_folder)
+        values = guide._predictor.list_of_parameters[0]
+        assert all(torch.equal(values[name], value) for name, value in weights[epoch].items())
+
+
+def test_a_training_resumed_after_a_round_asks_the_student_again(prepare, make_trainer, short, stubs):
+    built, registered = stubs
+    dataset = prepare()
+    first = make_trainer(dataset, NAME)
+    first.initialize()
+    first.current_epoch = 2
+    first.save_checkpoint(latest(first))
+    second = make_trainer(dataset, NAME, resume=True)
+    second.load_checkpoint(latest(first))
+    second.on_train_start()
+    assert second.current_epoch == 3
+    assert built[0].arguments["registrations"] == "guided"
+    assert built[0].arguments["real_share"] > 0
+    second.on_train_epoch_start()
+    assert len(built) == 2
+
+
+def test_without_rounds_real_patches_come_from_the_start(prepare, make_trainer, short, stubs):
+    built, registered = stubs
+    trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(rounds=[]))
+    trainer.run_training()
+    assert [loader.arguments["real_share"] for loader in built] == [trainer.config.distillation.real_share, 0.0]
+    assert len(registered) == 1
+    assert not hasattr(trainer.distiller, "averaged")
+
+
 def test_epochs_log_the_losses_and_the_weight(prepare, make_trainer, short, stubs):
     trainer = make_trainer(prepare(), NAME)
     trainer.run_training()

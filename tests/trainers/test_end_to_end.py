@@ -117,7 +117,8 @@ def test_labels_other_than_the_atlas_do_not_reach_the_weights(processes, prepare
     monkeypatch.setenv("nnUNet_n_proc_DA", processes)
     dataset = prepare()
     save_choice(str(dataset.preprocessed), ["case_00"], by_user=True, how="named")
-    name = "OneShotDistillTrainer_1epoch"
+    # Long enough for the rounds in which the student guides the registration.
+    name = "OneShotDistillTrainer_5epochs"
     trained = []
     for _ in range(2):
         trained.append(weights(train(dataset, name, fold=1)))

@@ -133,7 +133,7 @@ class DistillationConfig:
     real_share: float = 0.75
     posterior_strength: float = 0.6
     posterior_blur: float = 1.0
-    rounds: tuple[float, ...] = (0.4, 0.7)
+    rounds: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     average_decay: float = 0.99
 
 

@@ -44,13 +44,13 @@ def test_each_trainer_runs_on_one_label(name, configuration, prepare, short):
 
 def test_2d_images(prepare, short):
     dataset = prepare("2d", labelled=("case_00",), shape=(32, 36), ending=".png", channels=("grey",))
-    folder = train(dataset, "OneShotDistillTrainer_1epoch", "2d")
+    folder = train(dataset, "OneShotDistillTrainer_5epochs", "2d")
     assert torch.isfinite(weights(folder)).all()
 
 
 def test_several_channels_and_several_atlases(prepare, short):
     dataset = prepare(labelled=("case_00", "case_01", "case_02"), channels=("T1", "T2"))
-    folder = train(dataset, "OneShotDistillTrainer_1epoch")
+    folder = train(dataset, "OneShotDistillTrainer_5epochs")
     assert torch.isfinite(weights(folder)).all()
     assert "Atlases: " in logs(folder)
 
@@ -64,7 +64,7 @@ def test_two_cases_are_enough(prepare, short):
 def test_regions_and_ignore_label(prepare, short):
     labels = {"background": 0, "both": [1, 2], "right": [2], "ignore": 3}
     dataset = prepare(labelled=("case_00",), labels=labels, regions_class_order=[1, 2])
-    folder = train(dataset, "OneShotDistillTrainer_1epoch")
+    folder = train(dataset, "OneShotDistillTrainer_5epochs")
     assert torch.isfinite(weights(folder)).all()
 
 

@@ -102,7 +102,8 @@ def state(trainer):
 
 def test_student_guides_the_registrations_from_the_first_round_on(prepare, make_trainer, short, stubs, monkeypatch):
     built, registered = stubs
-    trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(real_share=0.5, rounds=[0.4, 0.7]))
+    settings = {"real_share": 0.5, "rounds": [0.4, 0.7]}
+    trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(settings))
     weights = []
     original = trainer.on_train_epoch_start
     monkeypatch.setattr(trainer, "on_train_epoch_start", lambda: weights.append(state(trainer)) or original())

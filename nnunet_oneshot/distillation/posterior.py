@@ -21,13 +21,7 @@ _SURROUNDINGS = 8.0
 _WHOLE_SHARE = 0.2
 
 
-def posterior_labels(
-    image: Tensor,
-    labels: Tensor,
-    *,
-    blur: float,
-    strength: float,
-) -> Tensor:
+def posterior_labels(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> Tensor:
     r"""The most probable label of every voxel, given a propagated label map and the image itself.
 
     A propagated label is right about which structures there are and wrong by a voxel or two about where they end. It
@@ -38,9 +32,8 @@ def posterior_labels(
     .. math:: q_l(p) \propto \pi_l(p) \prod_c h_{l,c}(I_c(p))^{s / C},
               \quad h_{l,c}(i) \propto \sum_p q_l(p) \, [I_c(p) \in \mathrm{bin}_i]
 
-    with the blurred prior :math:`\pi` and strength :math:`s`.
-    Voxels farther than 4 from any foreground remain background, so that only the surroundings of the structures count
-    as what background looks like.
+    with the blurred prior :math:`\pi` and strength :math:`s`. Voxels farther than 4 from any foreground remain
+    background, so that only the surroundings of the structures count as what background looks like.
 
     Args:
         image: (B, C, *spatial), two or three spatial axes.

@@ -214,13 +214,12 @@ def _register(
                 registrar.align(image, dataset.spacing(case), known=pair)
                 for image, case, pair in zip(images, batch, known, strict=True)
             ]
-            labels = None
+            label_guide = None
             if guide is not None:
-                atlas_maps = guide.atlas_maps(dataset.segmentation(atlas))
-                labels = registrar.guide(
-                    atlas_maps, [guide.probabilities(dataset.preprocessed(c)) for c in batch], aligned
-                )
-            results = registrar.deform(aligned, batch, [i.shape[1:] for i in images], predict=predict, guide=labels)
+                probabilities = [guide.probabilities(dataset.preprocessed(case)) for case in batch]
+                label_guide = registrar.guide(guide.atlas_maps(dataset.segmentation(atlas)), probabilities, aligned)
+            shapes = [image.shape[1:] for image in images]
+            results = registrar.deform(aligned, batch, shapes, predict=predict, guide=label_guide)
             for registration, image in zip(results, images, strict=True):
                 if figures:
                     _draw(cache, registration, dataset, image)

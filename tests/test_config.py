@@ -48,11 +48,20 @@ def test_given_settings_replace_defaults():
         ({"synthesis": {"p_mix": 1.5}}, "p_mix"),
         ({"synthesis": {"scale_range": 0.5}}, "scale_range"),
         ({"distillation": {"hint": "cosine"}}, "hint"),
+        ({"distillation": {"rounds": 0.5}}, "rounds"),
+        ({"distillation": {"rounds": [0]}}, "rounds"),
+        ({"distillation": {"rounds": [0.5, 1]}}, "rounds"),
+        ({"distillation": {"rounds": ["early"]}}, "rounds"),
+        ({"distillation": {"student_share": 0.5}}, "student_share"),
     ],
 )
 def test_faulty_setting_is_named(block, named):
     with pytest.raises(OneShotError, match=named):
         read(**block)
+
+
+def test_a_training_may_have_no_rounds():
+    assert read(distillation={"rounds": []}).distillation.rounds == ()
 
 
 def test_overrides_are_merged_and_checked(monkeypatch):

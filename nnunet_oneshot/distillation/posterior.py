@@ -38,7 +38,8 @@ def posterior_labels(image: Tensor, labels: Tensor, *, blur: float, strength: fl
     Args:
         image: (B, C, *spatial), two or three spatial axes.
         labels: (B, 1, *spatial) whole numbers >= 0, 0 is background.
-        blur: Standard deviation of the Gaussian that blurs the prior, voxels.
+        blur: Standard deviation of the Gaussian that blurs the prior, voxels; for a thin label at most half its
+            thickness: blurred more, even within the label its surroundings would be likelier than itself.
         strength: The exponent s; 0 returns ``labels`` unchanged.
 
     Returns:
@@ -143,14 +144,28 @@ def _largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 
 def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Tensor:
-    """Each label's indicator, blurred: (L, *spatial); computed in the box around the label."""
+    """Each label's indicator, blurred by no more than it is thick: (L, *spatial); computed in the box around it."""
     result = torch.zeros((len(present), *labels.shape), device=labels.device)
     radius = math.ceil(3 * blur)
-    lowest, highest = _extents(torch.searchsorted(present.long(), labels.long()), len(present))
+    places = torch.searchsorted(present.long(), labels.long())
+    lowest, highest = _extents(places, len(present))
+    deviations = _thicknesses(places, len(present)).clamp_max(blur).tolist()
     for index, (label, low, high) in enumerate(zip(present, lowest.tolist(), highest.tolist(), strict=True)):
         box = [slice(max(0, start - radius), stop + radius + 1) for start, stop in zip(low, high, strict=True)]
-        result[(index, *box)] = _gaussian((labels[tuple(box)] == label).float()[None], blur)[0]
+        deviation = blur if label == 0 else deviations[index]
+        result[(index, *box)] = _gaussian((labels[tuple(box)] == label).float()[None], deviation)[0]
     return result
+
+
+def _thicknesses(labels: Tensor, number: int) -> Tensor:
+    """Half the thickness of labels 0 ... number - 1 of a map (*spatial), (number,): voxels by faces, as of a sheet."""
+    volumes = torch.bincount(labels.flatten(), minlength=number)
+    faces = torch.zeros_like(volumes)
+    for axis, size in enumerate(labels.shape):
+        lower, upper = labels.narrow(axis, 0, size - 1), labels.narrow(axis, 1, size - 1)
+        for side in (lower[lower != upper], upper[lower != upper]):
+            faces += torch.bincount(side, minlength=number)
+    return volumes / faces.clamp_min(1)
 
 
 def _extents(labels: Tensor, number: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,11 @@ def telling_similarity(quality: Mapping[str, Any]) -> float:
     return quality.get("similarity_at_labels", quality["similarity_after"])
 
 
+def mean_similarity(registrations: Sequence[Registration]) -> float:
+    """`telling_similarity` in the mean over pairs."""
+    return float(np.mean([telling_similarity(registration.quality) for registration in registrations]))
+
+
 def outlier_scores(registrations: Sequence[Registration]) -> np.ndarray:
     """How far each pair's `telling_similarity` lies from the median of its atlas's pairs.
 

@@ -84,37 +84,64 @@ class FixedGuide(SegmentingGuide):
         return maps
 
 
-def test_pairs_are_registered_again_under_a_guide(prepared, monkeypatch, capsys, tmp_path):
-    register(prepared, monkeypatch, capsys)
+@pytest.fixture
+def again(prepared, monkeypatch, capsys, tmp_path):
+    """A function that registers the pairs again under a guide: (cache to be used, cache of before, log).
+
+    ``alike``: every case looks like the atlas, already when the pairs are registered for the first time.
+    """
     dataset = PreparedDataset.open(dataset=prepared.id, plans_name=PLANS, configuration="3d_fullres")
-    first = module.RegistrationCache(prepared.preprocessed / "oneshot_registrations" / dataset.folder.name)
     atlas = dataset.image("case_00")
-    monkeypatch.setattr(module.PreparedImages, "image", lambda self, case: atlas)
-    monkeypatch.setattr(module.PreparedImages, "preprocessed", lambda self, case: atlas)
-    config = OneShotConfig(registration=RegistrationConfig(method="network", refine_iterations=(10, 10)))
-    displacements = []
-    for shift in (0, 2, 2):
+
+    def all_alike():
+        monkeypatch.setattr(module.PreparedImages, "image", lambda self, case: atlas)
+        monkeypatch.setattr(module.PreparedImages, "preprocessed", lambda self, case: atlas)
+
+    def run(shift, *, alike):
+        if alike:
+            all_alike()
+        if not (prepared.preprocessed / "oneshot_registrations").exists():
+            register(prepared, monkeypatch, capsys)
+        all_alike()
+        first = module.RegistrationCache(prepared.preprocessed / "oneshot_registrations" / dataset.folder.name)
+        settings = RegistrationConfig(method="network", refine_iterations=(10, 10), guide_weight=1.0)
         log = []
-        guide = FixedGuide(dataset.label_manager, dataset.segmentation("case_00"), shift)
         cache = module.register_again(
             first,
-            guide,
+            FixedGuide(dataset.label_manager, dataset.segmentation("case_00"), shift),
             tmp_path / "again",
             plans=dataset.plans,
             configuration="3d_fullres",
             atlases=["case_00"],
             cases=["case_01", "case_02"],
             preprocessed_dataset_folder_base=str(prepared.preprocessed),
-            config=config,
+            config=OneShotConfig(registration=settings),
             device=torch.device("cpu"),
             log=log.append,
         )
+        return cache, first, log
+
+    return run
+
+
+def test_pairs_are_registered_again_under_a_guide(again):
+    displacements = []
+    for shift in (0, 2, 2):
+        cache, first, log = again(shift, alike=False)
         pair = cache.load("case_00", "case_01")
         assert np.array_equal(pair.affine, first.load("case_00", "case_01").affine)
         assert cache.path("case_00", "case_02", ".png").is_file()
+        assert "are used from now on" in log[-1]
         displacements.append(pair.velocity[0].min())
-    assert "are cached in" in log[-1]
+    assert "are cached in" in log[-2]
     assert displacements[1] == displacements[2] < displacements[0] - 0.5
+
+
+def test_a_guide_that_contradicts_the_images_changes_nothing(again, tmp_path):
+    cache, first, log = again(2, alike=True)
+    assert cache is first
+    assert "the guide contradicts the images" in log[-1]
+    assert (tmp_path / "again" / "case_00" / "case_01.png").is_file()
 
 
 def test_methods_share_one_network(prepared, monkeypatch, capsys):

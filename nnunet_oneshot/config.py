@@ -117,8 +117,8 @@ class DistillationConfig:
         posterior_blur: Standard deviation by which a propagated label is blurred before that, voxels: how far it may
             be wrong; a thin label is blurred by half its thickness at most.
         rounds: Shares (between 0 and 1) of the epochs after which the averaged student segments the unlabelled images
-            and guides a new registration of the atlas to them, which is used if it is more similar to the images around
-            the labels than the first. Before the first round the student sees synthetic patches alone. Without rounds,
+            and guides a new registration of the atlas to them, which is used if its deformations are no rougher than
+            those of the first. Before the first round the student sees synthetic patches alone. Without rounds,
             ``[]``, it sees real ones from the start, labelled by the first registration.
         average_decay: Share of the averaged student that remains at each step.
     """

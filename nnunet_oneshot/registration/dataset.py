@@ -24,13 +24,15 @@ from nnunet_oneshot.registration.figure import registration_figure
 from nnunet_oneshot.registration.network_store import load_or_fit_network
 from nnunet_oneshot.registration.outline import restore_outline
 from nnunet_oneshot.registration.pairs import AtlasRegistrar
-from nnunet_oneshot.registration.quality import mean_similarity
+from nnunet_oneshot.registration.quality import roughness
 from nnunet_oneshot.registration.student import SegmentingGuide, guided_by
 from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case
 
 # Voxels of the registration grid optimised together: small grids share the overhead of a step.
 _BATCH_VOXELS = 600_000
 _LAYOUT = 3
+# How many times rougher than the first registrations guided ones may be.
+_ROUGHER = 1.01
 # Settings of the per-pair optimisation: methods that differ in them share a network.
 _PAIRWISE = ("method", "refine_iterations", "refine_learning_rate", "search_reach")
 
@@ -114,9 +116,9 @@ def register_again(
 ) -> RegistrationCache:
     """Registers pairs a second time, pair by pair, guided by the segmentations of a student.
 
-    The affine maps are those of the first time. A guide that is right brings the atlas's image closer to the cases'
-    around the labels, since it leads out of places where the first registration was caught; one that is wrong draws it
-    away. Where the similarity there does not rise in the mean over the pairs, the first registrations stay in force.
+    The affine maps are those of the first time. A guide that is right decides what the images leave open, and the
+    deformations stay as smooth as they were; one that is wrong pulls against the images and distorts them. Where they
+    become rougher in the mean over the pairs, the first registrations stay in force.
 
     Args:
         first: Holds all the pairs as they were registered before.
@@ -142,11 +144,11 @@ def register_again(
         figures=True,
     )
     before, after = (
-        mean_similarity([cache.load(atlas, case) for atlas in atlases for case in cases if case != atlas])
+        roughness([cache.load(atlas, case) for atlas in atlases for case in cases if case != atlas])
         for cache in (first, guided)
     )
-    found = f"Around the labels the guided registrations have a mean similarity of {after:.4f}, the first {before:.4f}"
-    if after > before:
+    found = f"The log-Jacobians of the guided registrations spread by {after:.4f}, those of the first by {before:.4f}"
+    if after <= _ROUGHER * before:
         log(f"{found}: the guided ones are used from now on.")
         return guided
     log(f"{found}: the guide contradicts the images, and the first registrations are used.")

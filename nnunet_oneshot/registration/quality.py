@@ -18,9 +18,9 @@ def telling_similarity(quality: Mapping[str, Any]) -> float:
     return quality.get("similarity_at_labels", quality["similarity_after"])
 
 
-def mean_similarity(registrations: Sequence[Registration]) -> float:
-    """`telling_similarity` in the mean over pairs."""
-    return float(np.mean([telling_similarity(registration.quality) for registration in registrations]))
+def roughness(registrations: Sequence[Registration]) -> float:
+    """How unevenly deformations stretch and compress: ``log_jacobian_std`` in the mean over pairs."""
+    return float(np.mean([registration.quality["log_jacobian_std"] for registration in registrations]))
 
 
 def outlier_scores(registrations: Sequence[Registration]) -> np.ndarray:

@@ -124,7 +124,8 @@ def again(prepared, monkeypatch, capsys, tmp_path):
     return run
 
 
-def test_pairs_are_registered_again_under_a_guide(again):
+def test_pairs_are_registered_again_under_a_guide(again, monkeypatch):
+    monkeypatch.setattr(module, "_ROUGHER", np.inf)
     displacements = []
     for shift in (0, 2, 2):
         cache, first, log = again(shift, alike=False)
@@ -137,11 +138,14 @@ def test_pairs_are_registered_again_under_a_guide(again):
     assert displacements[1] == displacements[2] < displacements[0] - 0.5
 
 
-def test_a_guide_that_contradicts_the_images_changes_nothing(again, tmp_path):
+def test_a_guide_that_distorts_is_not_followed_and_one_that_does_not_is(again, tmp_path):
     cache, first, log = again(2, alike=True)
     assert cache is first
     assert "the guide contradicts the images" in log[-1]
     assert (tmp_path / "again" / "case_00" / "case_01.png").is_file()
+    cache, first, log = again(0, alike=True)
+    assert cache.folder == tmp_path / "again" and cache is not first
+    assert "are used from now on" in log[-1]
 
 
 def test_methods_share_one_network(prepared, monkeypatch, capsys):

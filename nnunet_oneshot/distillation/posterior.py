@@ -38,8 +38,9 @@ def posterior_labels(image: Tensor, labels: Tensor, *, blur: float, strength: fl
     Args:
         image: (B, C, *spatial), two or three spatial axes.
         labels: (B, 1, *spatial) whole numbers >= 0, 0 is background.
-        blur: Standard deviation of the Gaussian that blurs the prior, voxels; for a thin label at most half its
-            thickness: blurred more, even within the label its surroundings would be likelier than itself.
+        blur: Standard deviation of the Gaussian that blurs the prior, voxels. A label with few voxels for its faces is
+            blurred by their ratio instead (of a sheet: half its thickness), since blurred more, its surroundings would
+            be likelier than itself even within it.
         strength: The exponent s; 0 returns ``labels`` unchanged.
 
     Returns:
@@ -144,21 +145,20 @@ def _largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
 
 
 def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Tensor:
-    """Each label's indicator, blurred by no more than it is thick: (L, *spatial); computed in the box around it."""
+    """Each label's indicator, blurred: (L, *spatial); computed in the box around the label."""
     result = torch.zeros((len(present), *labels.shape), device=labels.device)
     radius = math.ceil(3 * blur)
     places = torch.searchsorted(present.long(), labels.long())
     lowest, highest = _extents(places, len(present))
-    deviations = _thicknesses(places, len(present)).clamp_max(blur).tolist()
+    deviations = _voxels_by_faces(places, len(present)).clamp_max(blur).masked_fill(present == 0, blur).tolist()
     for index, (label, low, high) in enumerate(zip(present, lowest.tolist(), highest.tolist(), strict=True)):
         box = [slice(max(0, start - radius), stop + radius + 1) for start, stop in zip(low, high, strict=True)]
-        deviation = blur if label == 0 else deviations[index]
-        result[(index, *box)] = _gaussian((labels[tuple(box)] == label).float()[None], deviation)[0]
+        result[(index, *box)] = _gaussian((labels[tuple(box)] == label).float()[None], deviations[index])[0]
     return result
 
 
-def _thicknesses(labels: Tensor, number: int) -> Tensor:
-    """Half the thickness of labels 0 ... number - 1 of a map (*spatial), (number,): voxels by faces, as of a sheet."""
+def _voxels_by_faces(labels: Tensor, number: int) -> Tensor:
+    """Voxels over faces of labels 0 ... number - 1 of a map (*spatial), (number,): of a sheet half its thickness."""
     volumes = torch.bincount(labels.flatten(), minlength=number)
     faces = torch.zeros_like(volumes)
     for axis, size in enumerate(labels.shape):

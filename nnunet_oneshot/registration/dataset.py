@@ -31,8 +31,8 @@ from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_ca
 # Voxels of the registration grid optimised together: small grids share the overhead of a step.
 _BATCH_VOXELS = 600_000
 _LAYOUT = 3
-# How many times rougher than the first registrations guided ones may be.
-_ROUGHER = 1.01
+# Largest ratio of the roughness of guided registrations to that of the first.
+_ROUGHER = 1.025
 # Settings of the per-pair optimisation: methods that differ in them share a network.
 _PAIRWISE = ("method", "refine_iterations", "refine_learning_rate", "search_reach")
 
@@ -117,8 +117,9 @@ def register_again(
     """Registers pairs a second time, pair by pair, guided by the segmentations of a student.
 
     The affine maps are those of the first time. A guide that is right decides what the images leave open, and the
-    deformations stay as smooth as they were; one that is wrong pulls against the images and distorts them. Where they
-    become rougher in the mean over the pairs, the first registrations stay in force.
+    deformations stay as smooth as they were; one that is wrong pulls against the images and distorts them. If they are
+    more than 2.5 % rougher in the mean over the pairs, the first registrations are returned. Nothing is compared if the
+    first were guided too or made by a network, since their roughness then has other reasons.
 
     Args:
         first: Holds all the pairs as they were registered before.
@@ -143,15 +144,15 @@ def register_again(
         log=log,
         figures=True,
     )
-    before, after = (
-        roughness([cache.load(atlas, case) for atlas in atlases for case in cases if case != atlas])
-        for cache in (first, guided)
-    )
+    if config.registration.method != "refine" or config.registration.guide is not None:
+        return guided
+    pairs = [(atlas, case) for atlas in atlases for case in cases if case != atlas]
+    before, after = (roughness(cache.load(*pair) for pair in pairs) for cache in (first, guided))
     found = f"The log-Jacobians of the guided registrations spread by {after:.4f}, those of the first by {before:.4f}"
     if after <= _ROUGHER * before:
-        log(f"{found}: the guided ones are used from now on.")
+        log(f"{found}: the guided registrations are used.")
         return guided
-    log(f"{found}: the guide contradicts the images, and the first registrations are used.")
+    log(f"{found}: the guided registrations are rougher, and the first are used.")
     return first
 
 

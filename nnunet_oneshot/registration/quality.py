@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ def telling_similarity(quality: Mapping[str, Any]) -> float:
     return quality.get("similarity_at_labels", quality["similarity_after"])
 
 
-def roughness(registrations: Sequence[Registration]) -> float:
+def roughness(registrations: Iterable[Registration]) -> float:
     """How unevenly deformations stretch and compress: ``log_jacobian_std`` in the mean over pairs."""
     return float(np.mean([registration.quality["log_jacobian_std"] for registration in registrations]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunet_oneshot.distillation.posterior import _thicknesses, posterior_labels, posterior_target
+from nnunet_oneshot.distillation.posterior import _voxels_by_faces, posterior_labels, posterior_target
 
 
 def block(shape, start, stop, value=1):
@@ -48,19 +48,19 @@ def test_an_image_without_contrast_leaves_a_plane_boundary_in_place():
     assert torch.equal(posterior_labels(torch.zeros(labels.shape), labels, blur=1.0, strength=1.0), labels)
 
 
-def test_a_sheet_is_blurred_by_no_more_than_it_is_thick():
+def test_a_sheet_is_blurred_by_half_its_thickness():
     # Blurred by a whole voxel, the background would be likelier than the label even within the sheet.
     labels = block((16, 16, 16), (0, 0, 8), (16, 16, 9))
     assert torch.equal(posterior_labels(torch.zeros(labels.shape), labels, blur=1.0, strength=1.0), labels)
 
 
-def test_thickness_is_voxels_over_faces():
+def test_voxels_are_divided_by_faces():
     labels = torch.zeros(12, 12, 12, dtype=torch.long)
     labels[:, :, 2:6] = 1
     labels[4:8, 4:8, 8:10] = 2
-    found = _thicknesses(labels, 4)
+    found = _voxels_by_faces(labels, 3)
     # A sheet of 4 voxels, cut off by the border of the patch, and a block with faces of 16, 8 and 8 voxels.
-    assert found[1:].tolist() == pytest.approx([2.0, 32 / 64, 0.0])
+    assert found[1:].tolist() == pytest.approx([2.0, 32 / 64])
 
 
 def test_neighbouring_labels_of_equal_intensity_keep_the_boundary_between_them():

@@ -84,68 +84,78 @@ class FixedGuide(SegmentingGuide):
         return maps
 
 
-@pytest.fixture
-def again(prepared, monkeypatch, capsys, tmp_path):
-    """A function that registers the pairs again under a guide: (cache to be used, cache of before, log).
+def again(dataset, first, student, folder, log, **settings):
+    """`register_again` for the tiny dataset."""
+    return module.register_again(
+        first,
+        student,
+        folder,
+        plans=dataset.plans,
+        configuration="3d_fullres",
+        atlases=["case_00"],
+        cases=["case_01", "case_02"],
+        preprocessed_dataset_folder_base=str(folder.parent),
+        config=OneShotConfig(registration=RegistrationConfig(**settings)),
+        device=torch.device("cpu"),
+        log=log.append,
+    )
 
-    ``alike``: every case looks like the atlas, already when the pairs are registered for the first time.
-    """
+
+def test_pairs_are_registered_again_under_a_guide(prepared, monkeypatch, capsys):
+    register(prepared, monkeypatch, capsys)
     dataset = PreparedDataset.open(dataset=prepared.id, plans_name=PLANS, configuration="3d_fullres")
+    first = module.RegistrationCache(prepared.preprocessed / "oneshot_registrations" / dataset.folder.name)
     atlas = dataset.image("case_00")
-
-    def all_alike():
-        monkeypatch.setattr(module.PreparedImages, "image", lambda self, case: atlas)
-        monkeypatch.setattr(module.PreparedImages, "preprocessed", lambda self, case: atlas)
-
-    def run(shift, *, alike):
-        if alike:
-            all_alike()
-        if not (prepared.preprocessed / "oneshot_registrations").exists():
-            register(prepared, monkeypatch, capsys)
-        all_alike()
-        first = module.RegistrationCache(prepared.preprocessed / "oneshot_registrations" / dataset.folder.name)
-        settings = RegistrationConfig(method="network", refine_iterations=(10, 10), guide_weight=1.0)
-        log = []
-        cache = module.register_again(
-            first,
-            FixedGuide(dataset.label_manager, dataset.segmentation("case_00"), shift),
-            tmp_path / "again",
-            plans=dataset.plans,
-            configuration="3d_fullres",
-            atlases=["case_00"],
-            cases=["case_01", "case_02"],
-            preprocessed_dataset_folder_base=str(prepared.preprocessed),
-            config=OneShotConfig(registration=settings),
-            device=torch.device("cpu"),
-            log=log.append,
-        )
-        return cache, first, log
-
-    return run
-
-
-def test_pairs_are_registered_again_under_a_guide(again, monkeypatch):
-    monkeypatch.setattr(module, "_ROUGHER", np.inf)
+    monkeypatch.setattr(module.PreparedImages, "image", lambda self, case: atlas)
+    monkeypatch.setattr(module.PreparedImages, "preprocessed", lambda self, case: atlas)
+    settings = {"method": "network", "refine_iterations": (10, 10), "guide_weight": 1.0}
     displacements = []
     for shift in (0, 2, 2):
-        cache, first, log = again(shift, alike=False)
+        log = []
+        guide = FixedGuide(dataset.label_manager, dataset.segmentation("case_00"), shift)
+        cache = again(dataset, first, guide, prepared.preprocessed / "again", log, **settings)
         pair = cache.load("case_00", "case_01")
         assert np.array_equal(pair.affine, first.load("case_00", "case_01").affine)
         assert cache.path("case_00", "case_02", ".png").is_file()
-        assert "are used from now on" in log[-1]
         displacements.append(pair.velocity[0].min())
-    assert "are cached in" in log[-2]
+    assert "are cached in" in log[-1]
     assert displacements[1] == displacements[2] < displacements[0] - 0.5
 
 
-def test_a_guide_that_distorts_is_not_followed_and_one_that_does_not_is(again, tmp_path):
-    cache, first, log = again(2, alike=True)
-    assert cache is first
-    assert "the guide contradicts the images" in log[-1]
-    assert (tmp_path / "again" / "case_00" / "case_01.png").is_file()
-    cache, first, log = again(0, alike=True)
-    assert cache.folder == tmp_path / "again" and cache is not first
-    assert "are used from now on" in log[-1]
+def cache_of(folder, roughness):
+    """Registrations of case_00 whose log-Jacobians spread as given: case -> figure."""
+    cache = module.RegistrationCache(folder)
+    for case, value in roughness.items():
+        shape = (4, 4, 4)
+        velocity = np.zeros((3, 2, 2, 2), np.float32)
+        pair = module.Registration("case_00", case, np.eye(4), velocity, shape, shape, {"log_jacobian_std": value})
+        cache.save(pair, key="", parameters={}, versions={})
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("guided", "settings", "used"),
+    [
+        ({"case_01": 0.32, "case_02": 0.294}, {}, True),
+        ({"case_01": 0.32, "case_02": 0.296}, {}, False),
+        ({"case_01": 0.2, "case_02": 0.2}, {}, True),
+        ({"case_01": 0.5, "case_02": 0.5}, {"method": "network+refine"}, True),
+        ({"case_01": 0.5, "case_02": 0.5}, {"guide": "/models/student"}, True),
+    ],
+    ids=["a little rougher", "rougher", "smoother", "first by a network", "first guided"],
+)
+def test_guided_registrations_that_distort_are_not_used(guided, settings, used, prepared, monkeypatch):
+    dataset = PreparedDataset.open(dataset=prepared.id, plans_name=PLANS, configuration="3d_fullres")
+    first = cache_of(prepared.preprocessed / "first", {"case_01": 0.4, "case_02": 0.2})
+    second = cache_of(prepared.preprocessed / "second", guided)
+    monkeypatch.setattr(module, "_register", lambda *placed, **named: second)
+    log = []
+    found = again(dataset, first, None, prepared.preprocessed / "second", log, **settings)
+    assert found is (second if used else first)
+    if settings:
+        assert not log
+    else:
+        assert f"the {'guided registrations' if used else 'first'} are used" in log[-1]
 
 
 def test_methods_share_one_network(prepared, monkeypatch, capsys):

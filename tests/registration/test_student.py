@@ -91,7 +91,7 @@ def test_guided_registrations_stay_apart_and_resume(student, capsys):
     assert {name.rpartition(".")[2] for name in guided} == {"json", "npz", "png"}
     record = json.loads(next(content for name, content in guided.items() if name.endswith(".json")))
     assert 0 <= record["quality"]["guide_dice_after"] <= 1
-    assert record["parameters"]["guide_weight"] == 0.3
+    assert record["parameters"]["guide_weight"] == 1.0
     assert str(model) not in json.dumps(record)
 
     removed = next(p for p in dataset.preprocessed.glob("oneshot_registrations/*_guided/**/*.npz"))

@@ -32,7 +32,7 @@ from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_ca
 _BATCH_VOXELS = 600_000
 _LAYOUT = 3
 # Largest ratio of the roughness of guided registrations to that of the first.
-_ROUGHER = 1.025
+_ROUGHER = 1.01
 # Settings of the per-pair optimisation: methods that differ in them share a network.
 _PAIRWISE = ("method", "refine_iterations", "refine_learning_rate", "search_reach")
 
@@ -118,7 +118,7 @@ def register_again(
 
     The affine maps are those of the first time. A guide that is right decides what the images leave open, and the
     deformations stay as smooth as they were; one that is wrong pulls against the images and distorts them. If they are
-    more than 2.5 % rougher in the mean over the pairs, the first registrations are returned. Nothing is compared if the
+    more than 1 % rougher in the mean over the pairs, the first registrations are returned. Nothing is compared if the
     first were guided too or made by a network, since their roughness then has other reasons.
 
     Args:

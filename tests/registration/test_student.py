@@ -13,7 +13,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_data import draw_blobs, write_image
 
 from nnunet_oneshot.cli import main
-from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.registration.student import StudentInTraining
 
 PLANS, CONFIGURATION, TRAINER = "nnUNetOneShotCPUPlans", "3d_fullres", "OneShotDistillTrainer"
@@ -92,7 +91,7 @@ def test_guided_registrations_stay_apart_and_resume(student, capsys):
     assert {name.rpartition(".")[2] for name in guided} == {"json", "npz", "png"}
     record = json.loads(next(content for name, content in guided.items() if name.endswith(".json")))
     assert 0 <= record["quality"]["guide_dice_after"] <= 1
-    assert record["parameters"]["guide_weight"] == RegistrationConfig().guide_weight
+    assert record["parameters"]["guide_weight"] == 0.3
     assert str(model) not in json.dumps(record)
 
     removed = next(p for p in dataset.preprocessed.glob("oneshot_registrations/*_guided/**/*.npz"))

@@ -97,8 +97,8 @@ class RegistrationCache:
             OneShotError: The pair is missing or its files are damaged.
         """
         path = self.path(atlas, case, ".npz")
-        record = load_json_checked(self.path(atlas, case, ".json"), f"the registration of {atlas} to {case}")
         try:
+            quality = self.quality(atlas, case)
             with np.load(path) as arrays:
                 return Registration(
                     atlas,
@@ -107,13 +107,21 @@ class RegistrationCache:
                     arrays["velocity"],
                     tuple(int(n) for n in arrays["atlas_shape"]),
                     tuple(int(n) for n in arrays["case_shape"]),
-                    record["quality"],
+                    quality,
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise OneShotError(
                 f"The registration file {path} is missing or damaged ({error}): run `nnunet_oneshot register` again, "
                 f"which recomputes damaged pairs."
             ) from error
+
+    def quality(self, atlas: str, case: str) -> dict:
+        """The quality figures of a pair, without its arrays.
+
+        Raises:
+            OneShotError: The pair's JSON file is missing or damaged.
+        """
+        return load_json_checked(self.path(atlas, case, ".json"), f"the registration of {atlas} to {case}")["quality"]
 
     def _record(self, atlas: str, case: str) -> dict | None:
         path = self.path(atlas, case, ".json")

@@ -147,7 +147,7 @@ def register_again(
     if config.registration.method != "refine" or config.registration.guide is not None:
         return guided
     pairs = [(atlas, case) for atlas in atlases for case in cases if case != atlas]
-    before, after = (roughness(cache.load(*pair) for pair in pairs) for cache in (first, guided))
+    before, after = (roughness(cache.quality(*pair) for pair in pairs) for cache in (first, guided))
     found = f"The log-Jacobians of the guided registrations spread by {after:.4f}, those of the first by {before:.4f}"
     if after <= _ROUGHER * before:
         log(f"{found}: the guided registrations are used.")
@@ -326,7 +326,7 @@ def _draw(cache: RegistrationCache, registration: Registration, dataset: Prepare
 def _report(
     cache: RegistrationCache, pairs: Sequence[tuple[str, str]], log: Callable[[str], None], *, affine: bool
 ) -> None:
-    qualities = [cache.load(*pair).quality for pair in pairs]
+    qualities = [cache.quality(*pair) for pair in pairs]
     before, after, folds = (
         np.array([q[name] for q in qualities]) for name in ("similarity_before", "similarity_after", "folding")
     )

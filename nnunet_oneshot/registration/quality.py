@@ -18,9 +18,9 @@ def telling_similarity(quality: Mapping[str, Any]) -> float:
     return quality.get("similarity_at_labels", quality["similarity_after"])
 
 
-def roughness(registrations: Iterable[Registration]) -> float:
+def roughness(qualities: Iterable[Mapping[str, Any]]) -> float:
     """How unevenly deformations stretch and compress: ``log_jacobian_std`` in the mean over pairs."""
-    return float(np.mean([registration.quality["log_jacobian_std"] for registration in registrations]))
+    return float(np.mean([quality["log_jacobian_std"] for quality in qualities]))
 
 
 def outlier_scores(registrations: Sequence[Registration]) -> np.ndarray:

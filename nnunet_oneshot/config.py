@@ -117,9 +117,9 @@ class DistillationConfig:
         posterior_blur: Standard deviation by which a propagated label is blurred before that, voxels: how far it may
             be wrong; a thin label is blurred less.
         rounds: Shares (between 0 and 1) of the epochs after which the averaged student segments the unlabelled images
-            and guides a new registration of the atlas to them, which is used if its deformations are at most 1 %
-            rougher than those of the first. Before the first round the student sees synthetic patches alone. Without
-            rounds, ``[]``, it sees real ones from the start, labelled by the first registration.
+            and guides a new registration of the atlas to them. Before the first round the student sees synthetic
+            patches alone. Without rounds, ``[]``, it sees real ones from the start, labelled by the first
+            registration.
         average_decay: Share of the averaged student that remains at each step.
     """
 

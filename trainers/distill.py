@@ -31,9 +31,8 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     The teacher reconstructs the real patch; the student segments the synthetic patch aligned with it and is drawn
     towards the teacher's features. At the shares of the training that the settings name as ``rounds`` its average
-    segments the unlabelled images, and the atlas is registered to them again, guided by these segmentations; what that
-    distorts is not used. From then on the student also sees the real patches themselves, with the propagated labels
-    corrected by their intensities.
+    segments the unlabelled images, and the atlas is registered to them again, guided by these segmentations; from then
+    on the student also sees the real patches themselves, with the propagated labels corrected by their intensities.
     The checkpoints hold the student alone; teacher and average lie in a file beside each.
     """
 
@@ -72,7 +71,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         return sum(share * self.num_epochs <= self.current_epoch for share in self.config.distillation.rounds)
 
     def training_registrations(self, registrations: RegistrationCache) -> RegistrationCache:
-        """From the first round on those that the student guides, unless it misguides; asked again after a resume."""
+        """From the first round on those that the student guides; a resumed training asks the student again."""
         self._prepared_round = self._round
         if self._round == 0:
             return registrations

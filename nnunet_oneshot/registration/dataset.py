@@ -24,15 +24,12 @@ from nnunet_oneshot.registration.figure import registration_figure
 from nnunet_oneshot.registration.network_store import load_or_fit_network
 from nnunet_oneshot.registration.outline import restore_outline
 from nnunet_oneshot.registration.pairs import AtlasRegistrar
-from nnunet_oneshot.registration.quality import roughness
 from nnunet_oneshot.registration.student import SegmentingGuide, guided_by
 from nnunet_oneshot.registration.warp import atlas_coordinates, warp_atlas_to_case
 
 # Voxels of the registration grid optimised together: small grids share the overhead of a step.
 _BATCH_VOXELS = 600_000
 _LAYOUT = 3
-# Largest ratio of the roughness of guided registrations to that of the first.
-_ROUGHER = 1.01
 # Settings of the per-pair optimisation: methods that differ in them share a network.
 _PAIRWISE = ("method", "refine_iterations", "refine_learning_rate", "search_reach")
 
@@ -116,10 +113,7 @@ def register_again(
 ) -> RegistrationCache:
     """Registers pairs a second time, pair by pair, guided by the segmentations of a student.
 
-    The affine maps are those of the first time. A guide that is right decides what the images leave open, and the
-    deformations stay as smooth as they were; one that is wrong pulls against the images and distorts them. If they are
-    more than 1 % rougher in the mean over the pairs, the first registrations are returned. Nothing is compared if the
-    first were guided too or made by a network, since their roughness then has other reasons.
+    The affine maps are those of the first time.
 
     Args:
         first: Holds all the pairs as they were registered before.
@@ -128,10 +122,10 @@ def register_again(
         plans: See `register_dataset`, as the other arguments.
 
     Returns:
-        The cache that holds the pairs to be used: a new one, or ``first``.
+        The cache of the new registrations.
     """
     settings = dataclasses.replace(config.registration, method="refine")
-    guided = _register(
+    return _register(
         PreparedImages(plans, configuration, preprocessed_dataset_folder_base),
         RegistrationCache(folder),
         networks=Path(folder),
@@ -144,16 +138,6 @@ def register_again(
         log=log,
         figures=True,
     )
-    if config.registration.method != "refine" or config.registration.guide is not None:
-        return guided
-    pairs = [(atlas, case) for atlas in atlases for case in cases if case != atlas]
-    before, after = (roughness(cache.quality(*pair) for pair in pairs) for cache in (first, guided))
-    found = f"The log-Jacobians of the guided registrations spread by {after:.4f}, those of the first by {before:.4f}"
-    if after <= _ROUGHER * before:
-        log(f"{found}: the guided registrations are used.")
-        return guided
-    log(f"{found}: the guided registrations are rougher, and the first are used.")
-    return first
 
 
 def _register(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,6 @@ _OUTLIER = 3.5
 def telling_similarity(quality: Mapping[str, Any]) -> float:
     """The similarity after registration that says most about propagated labels: around them, where that is known."""
     return quality.get("similarity_at_labels", quality["similarity_after"])
-
-
-def roughness(qualities: Iterable[Mapping[str, Any]]) -> float:
-    """How unevenly deformations stretch and compress: ``log_jacobian_std`` in the mean over pairs."""
-    return float(np.mean([quality["log_jacobian_std"] for quality in qualities]))
 
 
 def outlier_scores(registrations: Sequence[Registration]) -> np.ndarray:

@@ -122,42 +122,6 @@ def test_pairs_are_registered_again_under_a_guide(prepared, monkeypatch, capsys)
     assert displacements[1] == displacements[2] < displacements[0] - 0.5
 
 
-def cache_of(folder, roughness):
-    """Registrations of case_00 whose log-Jacobians spread as given: case -> figure."""
-    cache = module.RegistrationCache(folder)
-    for case, value in roughness.items():
-        shape = (4, 4, 4)
-        velocity = np.zeros((3, 2, 2, 2), np.float32)
-        pair = module.Registration("case_00", case, np.eye(4), velocity, shape, shape, {"log_jacobian_std": value})
-        cache.save(pair, key="", parameters={}, versions={})
-    return cache
-
-
-@pytest.mark.parametrize(
-    ("guided", "settings", "used"),
-    [
-        ({"case_01": 0.32, "case_02": 0.285}, {}, True),
-        ({"case_01": 0.32, "case_02": 0.287}, {}, False),
-        ({"case_01": 0.2, "case_02": 0.2}, {}, True),
-        ({"case_01": 0.5, "case_02": 0.5}, {"method": "network+refine"}, True),
-        ({"case_01": 0.5, "case_02": 0.5}, {"guide": "/models/student"}, True),
-    ],
-    ids=["a little rougher", "rougher", "smoother", "first by a network", "first guided"],
-)
-def test_guided_registrations_that_distort_are_not_used(guided, settings, used, prepared, monkeypatch):
-    dataset = PreparedDataset.open(dataset=prepared.id, plans_name=PLANS, configuration="3d_fullres")
-    first = cache_of(prepared.preprocessed / "first", {"case_01": 0.4, "case_02": 0.2})
-    second = cache_of(prepared.preprocessed / "second", guided)
-    monkeypatch.setattr(module, "_register", lambda *placed, **named: second)
-    log = []
-    found = again(dataset, first, None, prepared.preprocessed / "second", log, **settings)
-    assert found is (second if used else first)
-    if settings:
-        assert not log
-    else:
-        assert f"the {'guided registrations' if used else 'first'} are used" in log[-1]
-
-
 def test_methods_share_one_network(prepared, monkeypatch, capsys):
     fitted = []
     original = module.load_or_fit_network

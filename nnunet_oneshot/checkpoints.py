@@ -9,8 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile
 
+import torch
+
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_path, writing
+
+# RuntimeErrors that say nothing about a file.
+_OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @contextmanager
@@ -23,7 +28,7 @@ def saving_checkpoint(target: str | os.PathLike) -> Iterator[Path]:
     try:
         with writing(target), atomic_path(target) as temporary:
             yield temporary
-    except OneShotError:
+    except (OneShotError, *_OF_THE_DEVICE):
         raise
     except RuntimeError as error:
         # torch reports a full disk as a RuntimeError of its archive writer.
@@ -46,7 +51,7 @@ def loading_checkpoint(path: str | os.PathLike, *, advice: str) -> Iterator[None
     """
     try:
         yield
-    except OneShotError:
+    except (OneShotError, *_OF_THE_DEVICE):
         raise
     except FileNotFoundError as error:
         raise OneShotError(f"The checkpoint {path} does not exist. {advice}") from error

@@ -18,14 +18,15 @@ import torch
 
 from nnunet_oneshot.checkpoints import loading_checkpoint
 from nnunet_oneshot.data.prepared import dataset_name
+from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.inference import CHECKPOINT, load_predictor
 from nnunet_oneshot.io import load_json_checked, require_env, writing
 
 STOCK_TRAINER = "nnUNetTrainer"
 _KEPT = ("inference_allowed_mirroring_axes", "current_epoch")
-# Two runs of the same network on the same device differ by rounding at most.
-_TOLERANCE = 1e-3
+# Two runs of one network on one device differ by rounding at most, in half precision on a GPU by about this share.
+_TOLERANCE = 1e-2
 
 
 def export_model(
@@ -62,6 +63,7 @@ def export_model(
     """
     (results,) = require_env("nnUNet_results")
     name = dataset_name(dataset)
+    usable_device(device)
     source = _trained_model(results / name, f"{trainer}__{plans_name}__{configuration}")
     folds = _finished_folds(source, folds)
     stock_name = f"{STOCK_TRAINER}__{plans_name}__{configuration}"
@@ -158,10 +160,11 @@ def _compare(source: Path, model: Path, *, folds: Sequence[str], images: str | P
     for name, image, spacing in _test_images(original, images):
         logits = [_logits(p, image, spacing) for p in (original, exported)]
         difference = float((logits[0] - logits[1]).abs().max())
-        if not difference <= _TOLERANCE:
+        allowed = _TOLERANCE * float(logits[0].abs().max())
+        if not difference <= allowed:
             raise OneShotError(
                 f"The exported model predicts something else than {source} on {name}: logits differ by "
-                f"{difference:.3g} (at most {_TOLERANCE} was expected). Nothing was written."
+                f"{difference:.3g} (at most {allowed:.3g} was expected). Nothing was written."
             )
         compared += 1
     return f"{compared} image{'s' if compared != 1 else ''}" + ("" if images else " (generated)")

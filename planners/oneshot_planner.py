@@ -14,9 +14,8 @@ from nnunet_oneshot.data.fingerprint import load_fingerprint
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.io import load_json_checked, save_json_atomic
 
-# Student and teacher have one topology, and activations dominate memory: each gets half. What the hint keeps (features
-# of the last decoder levels) and the warped patches are small beside them and fit into the reserve of nnU-Net's
-# estimate.
+# Student and teacher have one topology, and activations dominate memory: each gets half. Those of only one are
+# held at a time, which leaves room for the features that the hint compares.
 NETWORKS = 2
 
 

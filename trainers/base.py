@@ -186,6 +186,10 @@ class OneShotTrainer(nnUNetTrainer):
         advice = "Delete it and resume with --c from the checkpoint before it, or train again without --c."
         with loading_checkpoint(filename_or_checkpoint, advice=advice):
             super().load_checkpoint(filename_or_checkpoint)
+        for state in self.optimizer.state.values():
+            # nnU-Net loads them onto the device, from where Adam would fetch them again at every step.
+            if "step" in state:
+                state["step"] = state["step"].cpu()
 
     def _cases(self) -> list[str]:
         check_preprocessed(self.preprocessed_dataset_folder, self.configuration_name)

@@ -89,7 +89,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     def on_train_start(self) -> None:
         if self._resumed_from is not None:
-            load_teacher(self._resumed_from, self.distiller, self.teacher_optimizer, self.current_epoch, self.device)
+            load_teacher(self._resumed_from, self.distiller, self.teacher_optimizer, self.current_epoch)
         super().on_train_start()
 
     def on_train_epoch_start(self) -> None:

@@ -198,7 +198,7 @@ def _binned(values: Tensor) -> Tensor:
 
 def _histograms(counts: Tensor) -> Tensor:
     """Histograms (L, bins), smoothed, each with the sum 1 and above 0 everywhere."""
-    counts = _smooth(counts, _kernel(_BIN_SMOOTHING, counts), 0)
+    counts = _smooth(counts, _kernel(_BIN_SMOOTHING), 0)
     counts = counts + _FLOOR * counts.sum(1, keepdim=True).clamp_min(1e-8)
     return counts / counts.sum(1, keepdim=True)
 
@@ -233,20 +233,20 @@ def _gaussian(volumes: Tensor, deviation: float) -> Tensor:
     """Separable Gaussian filter of (N, *spatial) volumes whose border voxels are repeated."""
     if deviation == 0:
         return volumes
-    kernel = _kernel(deviation, volumes)
+    kernel = _kernel(deviation)
     for axis in range(volumes.ndim - 1):
         volumes = _smooth(volumes, kernel, axis)
     return volumes
 
 
-def _kernel(deviation: float, like: Tensor) -> Tensor:
+def _kernel(deviation: float) -> list[float]:
+    """Weights of a Gaussian; numbers and no tensor, which a GPU would be asked for one by one."""
     radius = math.ceil(3 * deviation)
-    places = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
-    kernel = torch.exp(-0.5 * (places / deviation) ** 2)
-    return kernel / kernel.sum()
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float32) / deviation) ** 2)
+    return (kernel / kernel.sum()).tolist()
 
 
-def _smooth(volumes: Tensor, kernel: Tensor, axis: int) -> Tensor:
+def _smooth(volumes: Tensor, kernel: list[float], axis: int) -> Tensor:
     """Convolution of (N, *spatial) along one spatial axis; a sum of shifted copies, since kernels are short."""
     size, radius = volumes.shape[axis + 1], len(kernel) // 2
     first, last = volumes.narrow(axis + 1, 0, 1), volumes.narrow(axis + 1, size - 1, 1)
@@ -255,5 +255,5 @@ def _smooth(volumes: Tensor, kernel: Tensor, axis: int) -> Tensor:
     padded = torch.cat([first.repeat(repeats), volumes, last.repeat(repeats)], dim=axis + 1)
     result = kernel[0] * padded.narrow(axis + 1, 0, size)
     for offset in range(1, len(kernel)):
-        result.add_(padded.narrow(axis + 1, offset, size), alpha=float(kernel[offset]))
+        result.add_(padded.narrow(axis + 1, offset, size), alpha=kernel[offset])
     return result

@@ -32,9 +32,7 @@ def save_teacher(path: str, distiller: nn.Module, optimizer: torch.optim.Optimiz
     torch.save(content, path)
 
 
-def load_teacher(
-    checkpoint: str, distiller: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, device: torch.device
-) -> None:
+def load_teacher(checkpoint: str, distiller: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """Restores what `save_teacher` wrote for a checkpoint of the student.
 
     Args:
@@ -42,7 +40,6 @@ def load_teacher(
         distiller: Module that is filled.
         optimizer: Optimiser that is filled.
         epoch: Number of epochs that the student's checkpoint has complete.
-        device: Where tensors go.
 
     Raises:
         OneShotError: The teacher's file is missing, damaged or of another epoch.
@@ -53,7 +50,7 @@ def load_teacher(
         f"checkpoint before them, or train again without --c. Validation (--val) and prediction do without it."
     )
     with loading_checkpoint(path, advice=advice):
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         if set(content) != _KEYS:
             raise ValueError(f"found {sorted(content)}, expected {sorted(_KEYS)}")
         if content["epoch"] != epoch:

@@ -19,6 +19,7 @@ from nnunet_oneshot.data.atlas import check_labelled, resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.methods import (
     CEILING,
@@ -84,6 +85,7 @@ def run_benchmark(
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
     overrides = merge_settings(environment_overrides(), parse_settings(settings))
     config = _checked_config(prepared, overrides)
+    usable_device(device)
     labelled = labelled_cases(str(prepared.base), prepared.dataset_json, prepared.identifiers)
     chosen = _methods(methods, prepared, labelled, log)
     for method in chosen:

@@ -18,6 +18,7 @@ from nnunet_oneshot.data.atlas import resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.distillation.posterior import posterior_labels
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
@@ -72,6 +73,7 @@ def propagate(
     if guide is not None and method not in GUIDED_METHODS:
         raise OneShotError(f"Method {method!r} takes no guide: give --guide with one of {list(GUIDED_METHODS)}.")
     config = with_guide(OneShotConfig.from_plans(prepared.plans), guide)
+    place = usable_device(device)
     base, identifiers = str(prepared.base), prepared.identifiers
     labelled = labelled_cases(base, prepared.dataset_json, identifiers)
     fold_or_all = fold if fold == "all" else int(fold)
@@ -98,7 +100,7 @@ def propagate(
                 cases=validation,
                 preprocessed_dataset_folder_base=base,
                 config=config,
-                device=torch.device(device),
+                device=place,
                 fold=fold_or_all,
                 log=log,
             )
@@ -113,12 +115,12 @@ def propagate(
             plans=prepared.plans,
             dataset_json=prepared.dataset_json,
             configuration=configuration,
-            device=torch.device(device),
+            device=place,
             method="refine",
         )
         if student is not None:
             log(student.describe())
-    propagator = _Propagator(prepared, config, choice.atlases, method, torch.device(device), cached, student)
+    propagator = _Propagator(prepared, config, choice.atlases, method, place, cached, student)
     names = []
     for case, image, properties in cases:
         propagator.write(case, image, properties, out)

@@ -26,6 +26,7 @@ from nnunet_oneshot.data.atlas import check_labelled, resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.metrics import score_segmentation
 from nnunet_oneshot.evaluation.registration_summary import summarise, summary_markdown
@@ -84,6 +85,7 @@ def benchmark_registration(
     """
     if threads < 1:
         raise OneShotError(f"--threads is {threads}: give a number of threads from 1.")
+    usable_device(device)
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
     config = OneShotConfig.from_plans(prepared.plans)
     registration = dataclasses.replace(config.registration, method="refine")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from nnunet_oneshot.config import OneShotConfig, with_guide
 from nnunet_oneshot.data.atlas import resolve_atlases
 from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registration.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset import register_dataset
@@ -48,6 +47,7 @@ def register(
     config = with_guide(OneShotConfig.from_plans(prepared.plans), guide)
     base, identifiers = str(prepared.base), prepared.identifiers
     labelled = labelled_cases(base, prepared.dataset_json, identifiers)
+    place = usable_device(device)
     caches = []
     for name in folds:
         if name != "all" and not name.isdigit():
@@ -65,7 +65,7 @@ def register(
                 cases=sorted({*train, *validation}),
                 preprocessed_dataset_folder_base=base,
                 config=config,
-                device=torch.device(device),
+                device=place,
                 fold=fold,
                 figures=figures,
             )

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import nnunet_oneshot
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
+from nnunet_oneshot.devices import host_threads
 from nnunet_oneshot.io import atomic_path, writing
 from nnunet_oneshot.precision import uses_bfloat16
 from nnunet_oneshot.registration.cache import FOLDER, Registration, RegistrationCache
@@ -205,7 +206,7 @@ def _register(
     predict = load_or_fit_network(
         networks, dataset, registrars, list(keys), config=config, parameters=network_parameters, device=device, log=log
     )
-    with tqdm(total=len(missing), desc="Registering") as progress:
+    with host_threads(device), tqdm(total=len(missing), desc="Registering") as progress:
         for atlas, batch in _batches(missing, registrars):
             registrar = registrars[atlas]
             images = [dataset.image(case) for case in batch]

@@ -14,6 +14,7 @@ import torch
 
 from nnunet_oneshot import __version__
 from nnunet_oneshot.config import RegistrationConfig
+from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_folder, is_occupied, save_json_atomic, writing
 from nnunet_oneshot.registration.cache import Registration
@@ -187,7 +188,7 @@ def register_pair(
     target = Path(out).resolve()
     if is_occupied(target):
         raise OneShotError(f"{out} exists and is not empty: name a new folder, or remove it first.")
-    _check_device(device)
+    usable_device(device)
     fixed_volume, moving_volume = read_volume(fixed, "fixed"), read_volume(moving, "moving")
     label_map, label_type = (None, None) if labels is None else read_labels(labels, moving_volume)
     result = register_volumes(fixed_volume, moving_volume, config=config, device=device, labels=label_map)
@@ -284,13 +285,6 @@ def _warnings(quality: dict) -> list[str]:
     if quality["folding"] > _FOLDING_LIMIT:
         found.append(f"the deformation folds at {100 * quality['folding']:.3f} % of voxels.")
     return found
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=torch.device(device))
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise OneShotError(f"Device {device!r} is not available ({error}): use cpu, cuda or mps.") from error
 
 
 def _peak_memory_mib() -> float | None:

@@ -187,7 +187,7 @@ class OneShotTrainer(nnUNetTrainer):
         with loading_checkpoint(filename_or_checkpoint, advice=advice):
             super().load_checkpoint(filename_or_checkpoint)
         for state in self.optimizer.state.values():
-            # nnU-Net loads them onto the device, from where Adam would fetch them again at every step.
+            # nnU-Net loads Adam's counts of steps onto the device, from where it would fetch them at every step.
             if "step" in state:
                 state["step"] = state["step"].cpu()
 

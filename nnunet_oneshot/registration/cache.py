@@ -11,6 +11,7 @@ import hashlib
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,14 @@ class RegistrationCache:
         Raises:
             OneShotError: The pair's JSON file is missing or damaged.
         """
-        return load_json_checked(self.path(atlas, case, ".json"), f"the registration of {atlas} to {case}")["quality"]
+        path = self.path(atlas, case, ".json")
+        record = load_json_checked(path, f"the registration of {atlas} to {case}")
+        if not _is_complete(record):
+            raise OneShotError(
+                f"The registration of {atlas} to {case} in {path} lacks its key, checksum or quality: run "
+                f"`nnunet_oneshot register` again, which recomputes damaged pairs."
+            )
+        return record["quality"]
 
     def _record(self, atlas: str, case: str) -> dict | None:
         path = self.path(atlas, case, ".json")
@@ -131,8 +139,13 @@ class RegistrationCache:
             record = load_json_checked(path, "the registration record")
         except OneShotError:
             return None
-        return record if isinstance(record, dict) and {"key", "checksum", "quality"} <= record.keys() else None
+        return record if _is_complete(record) else None
 
     def _checksum(self, atlas: str, case: str) -> str | None:
         path = self.path(atlas, case, ".npz")
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _is_complete(record: Any) -> bool:
+    """Whether what a pair's JSON file holds has all that is read of it."""
+    return isinstance(record, dict) and {"key", "checksum", "quality"} <= record.keys()

@@ -147,7 +147,7 @@ class OneShotConfig:
         atlases: Labelled cases to warp, or None: ``oneshot_atlas.json`` beside ``splits_final.json`` decides.
         seed: Seed of synthesis, network initialisation and registration.
         initial_lr: Learning rate with which a student on warped atlases or real images starts (AdamW). The CPU preset
-            has 0.003: its networks have a quarter of nnU-Net's features and are trained for few iterations.
+            has 0.003: its networks have a quarter to half of nnU-Net's features and are trained for few iterations.
         precision: Of the convolutions in trainings: ``"auto"`` (bfloat16 on a processor that computes it in hardware,
             nnU-Net's mixed precision on CUDA, float32 elsewhere) or ``"float32"`` (no bfloat16 on a processor).
         mirror_axes: ``"auto"`` (mirroring is left out on every axis on which it would exchange labels of the atlas, or

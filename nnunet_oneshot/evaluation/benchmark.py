@@ -34,6 +34,7 @@ from nnunet_oneshot.evaluation.report import write_benchmark_report
 from nnunet_oneshot.evaluation.runs import (
     Run,
     claim_folder,
+    claimed,
     discard_unfinished,
     execute_run,
     finished_records,
@@ -100,8 +101,14 @@ def run_benchmark(
     failures = []
     for number, run in enumerate(runs, start=1):
         heading = f"[{number}/{len(runs)}] {run.description}"
-        record = load_record(out, run)
-        if record is None:
+        with claimed(out, run) as free:
+            if not free:
+                log(f"{heading}: left to another benchmark in this folder, which is running it")
+                continue
+            record = load_record(out, run)
+            if record is not None:
+                log(f"{heading}: finished before, {_mean_dice(record):.4f} mean Dice")
+                continue
             log(heading)
             discard_unfinished(out, run)
             start = time.monotonic()
@@ -112,9 +119,7 @@ def run_benchmark(
                 failures.append(run.description)
                 continue
             log(f"  {_mean_dice(record):.4f} mean Dice, {time.monotonic() - start:.0f} s")
-            write_benchmark_report(out, prepared, finished_records(out), figures=False)
-        else:
-            log(f"{heading}: finished before, {_mean_dice(record):.4f} mean Dice")
+        write_benchmark_report(out, prepared, finished_records(out), figures=False)
     records = finished_records(out)
     if records:
         write_benchmark_report(out, prepared, records)

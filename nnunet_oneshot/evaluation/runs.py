@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nnunet_oneshot.config import OVERRIDES_VARIABLE
 from nnunet_oneshot.data.prepared import PreparedDataset
@@ -73,6 +76,31 @@ def finished_records(out: Path) -> list[dict[str, Any]]:
     """The records of all finished runs of a benchmark, in the order of the methods."""
     records = [load_json_checked(path, "the record of a run") for path in sorted((out / "runs").rglob(RECORD))]
     return sorted(records, key=lambda record: (METHODS.index(parse_method(record["method"]).base), record["method"]))
+
+
+@contextmanager
+def claimed(out: Path, run: Run) -> Iterator[bool]:
+    """Keeps other benchmarks that write to the same folder from a run while it lasts.
+
+    Yields:
+        Whether the run was free; if not, another process is at it.
+    """
+    path = (out / run.folder).with_suffix(".lock")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+    try:
+        yield True
+    finally:
+        # Before the release, so that nobody else's file is removed; where an open file cannot be, it stays.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def execute_run(

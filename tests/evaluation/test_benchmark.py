@@ -129,6 +129,26 @@ def test_interrupted_training_is_resumed(commands, tmp_path):
     assert json.loads(record.read_text())["resumed"]
 
 
+def test_two_benchmarks_in_one_folder_share_the_runs(commands, tmp_path, monkeypatch, capsys):
+    """While one is at a run, the other leaves it alone and does the rest."""
+    dataset, issued = commands
+    out, run_command, methods = tmp_path / "out", runs.run_command, ["--methods", "synthesis", "distill"]
+    second = []
+
+    def during_the_first(*arguments, **options):
+        monkeypatch.setattr(runs, "run_command", run_command)
+        second.append(benchmark(dataset, out, *methods, "--epochs", "5"))
+        return run_command(*arguments, **options)
+
+    monkeypatch.setattr(runs, "run_command", during_the_first)
+    assert benchmark(dataset, out, *methods, "--epochs", "5") == 0 and second == [0]
+    trainers = [arguments[arguments.index("-tr") + 1] for arguments, _ in issued]
+    assert trainers == ["OneShotDistillTrainer_5epochs", "OneShotSynthesisTrainer_5epochs"]
+    assert "synthesis, atlas case_04, fold 0, seed 12345: left to another benchmark" in capsys.readouterr().out
+    assert {row["method"] for row in results(out)} == {"synthesis", "distill"}
+    assert not list(out.rglob("*.lock"))
+
+
 def test_runs_are_told_atlas_seed_and_settings(commands, tmp_path):
     dataset, issued = commands
     splits = json.loads((dataset.preprocessed / "splits_final.json").read_text())

@@ -19,9 +19,9 @@ class OneShotCPUPlanner(OneShotPlanner):
     """Small patches and batches and few features, so that an iteration takes about a second on two cores.
 
     Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
-    of voxels; networks have 8 to 64 features, and 16 to 128 for more than 15 foreground labels. Registration
-    runs on at most 200,000 voxels. The students start with learning rate 0.003. Arguments as for `OneShotPlanner`, but
-    the memory target has no effect.
+    of voxels; networks have 8 to 64 features, and 16 to 128 for more than 15 foreground labels. Registration runs on at
+    most 200,000 voxels. The students start with learning rate 0.003. Arguments as for `OneShotPlanner`, but the memory
+    target has no effect.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 OUT/benchmark.json                                       what is compared; a later call must agree
 OUT/runs/<method>/<atlas>/fold_<f>/seed_<s>/run.json     one finished run, with its scores
+OUT/runs/<method>/<atlas>/fold_<f>/seed_<s>.lock         held by the process that is at a run
 OUT/results.json  summary.csv  summary.md  figures/      see `nnunet_oneshot.evaluation.report`
 """
 
@@ -39,6 +40,7 @@ from nnunet_oneshot.evaluation.runs import (
     execute_run,
     finished_records,
     load_record,
+    lock_file,
 )
 from nnunet_oneshot.evaluation.syn import require_ants
 
@@ -103,7 +105,10 @@ def run_benchmark(
         heading = f"[{number}/{len(runs)}] {run.description}"
         with claimed(out, run) as free:
             if not free:
-                log(f"{heading}: left to another benchmark in this folder, which is running it")
+                log(
+                    f"{heading}: left to another benchmark in this folder, which holds {lock_file(out, run)} (if there "
+                    f"is none, remove that file and give the command again)"
+                )
                 continue
             record = load_record(out, run)
             if record is not None:

@@ -78,29 +78,42 @@ def finished_records(out: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: (METHODS.index(parse_method(record["method"]).base), record["method"]))
 
 
+def lock_file(out: Path, run: Run) -> Path:
+    """The file that is locked while a process is at a run."""
+    return (out / run.folder).with_suffix(".lock")
+
+
 @contextmanager
 def claimed(out: Path, run: Run) -> Iterator[bool]:
     """Keeps other benchmarks that write to the same folder from a run while it lasts.
 
+    The lock of a process that was killed is free; on a file system without locks every run is.
+
     Yields:
         Whether the run was free; if not, another process is at it.
+
+    Raises:
+        OneShotError: The lock file cannot be written.
     """
-    path = (out / run.folder).with_suffix(".lock")
+    path = lock_file(out, run)
+    lock = FileLock(path)
+    free = True
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            yield False
-            return
+            free = False
+        except NotImplementedError:
+            pass
     try:
-        yield True
+        yield free
     finally:
-        # Before the release, so that nobody else's file is removed; where an open file cannot be, it stays.
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        lock.release()
+        if free:
+            # Before the release, so that nobody else's file is removed; where an open file cannot be, it stays.
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            lock.release()
 
 
 def execute_run(

@@ -149,6 +149,28 @@ def test_two_benchmarks_in_one_folder_share_the_runs(commands, tmp_path, monkeyp
     assert not list(out.rglob("*.lock"))
 
 
+def test_file_systems_without_locks_hinder_no_run(commands, tmp_path, monkeypatch):
+    dataset, _ = commands
+
+    def acquire(self, timeout):
+        raise NotImplementedError("flock")
+
+    monkeypatch.setattr(runs.FileLock, "acquire", acquire)
+    assert benchmark(dataset, tmp_path / "out", "--methods", "distill", "--epochs", "5") == 0
+    assert {row["method"] for row in results(tmp_path / "out")} == {"distill"}
+
+
+def test_lock_file_of_a_killed_benchmark_is_taken_over(commands, tmp_path):
+    dataset, issued = commands
+    arguments = (dataset, tmp_path / "out", "--methods", "distill", "--epochs", "5")
+    assert benchmark(*arguments) == 0
+    (record,) = (tmp_path / "out" / "runs").rglob("run.json")
+    record.unlink()
+    record.parent.with_suffix(".lock").touch()
+    assert benchmark(*arguments) == 0
+    assert record.is_file() and len(issued) == 2
+
+
 def test_runs_are_told_atlas_seed_and_settings(commands, tmp_path):
     dataset, issued = commands
     splits = json.loads((dataset.preprocessed / "splits_final.json").read_text())

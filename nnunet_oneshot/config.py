@@ -43,7 +43,8 @@ class RegistrationConfig:
         temperature: Temperature of the contrastive term.
         guide: Folder of a trained model whose segmentations of the cases guide their registration, or None: images
             alone decide.
-        guide_weight: Weight of the guide's term, the mean over labels of 1 - soft Dice.
+        guide_weight: Weight of the guide's term, the mean over labels of 1 - soft Dice. The rounds of
+            `OneShotDistillTrainer` have their own.
     """
 
     method: str = "refine"
@@ -111,7 +112,8 @@ class DistillationConfig:
         corruption: Share of the real patch that is masked before the teacher sees it, so that it cannot copy its input.
         corruption_block: Edge of a masked block, voxels.
         real_share: Share of the student's patches that are real ones, with propagated and corrected labels, rather
-            than synthetic; 0 has synthetic ones alone, as the paper does.
+            than synthetic; 0 has synthetic ones alone, as the paper does. In the rounds it is multiplied by the share
+            of the labels on which student and registration agree.
         posterior_strength: How far the intensities of the real patch correct its propagated labels; 0 leaves them as
             they are.
         posterior_blur: Standard deviation by which a propagated label is blurred before that, voxels: how far it may
@@ -120,6 +122,8 @@ class DistillationConfig:
             and guides a new registration of the atlas to them. Before the first round the student sees synthetic
             patches alone. Without rounds, ``[]``, it sees real ones from the start, labelled by the first
             registration.
+        guide_weight: Weight of the averaged student's segmentations in the registrations of a round; that of each label
+            is multiplied by the trust in the student that held-out patches suggest.
         average_decay: Share of the averaged student that remains at each step.
     """
 
@@ -135,6 +139,7 @@ class DistillationConfig:
     posterior_strength: float = 0.6
     posterior_blur: float = 1.0
     rounds: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    guide_weight: float = 2.0
     average_decay: float = 0.99
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import numpy as np
@@ -12,6 +13,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch._dynamo import OptimizedModule
 
 from nnunet_oneshot.checkpoints import saving_checkpoint
+from nnunet_oneshot.distillation.agreement import Agreement, pooled_dice
 from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.posterior import posterior_target
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
@@ -20,10 +22,13 @@ from nnunet_oneshot.precision import autocast
 from nnunet_oneshot.registration.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.registration.dataset import register_again
 from nnunet_oneshot.registration.student import StudentInTraining
+from nnunet_oneshot.seeding import derive_seed, seed_everything
+from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader
 from nnunet_oneshot.trainers.base import CUDA
 from nnunet_oneshot.trainers.synthesis import OneShotSynthesisTrainer
 
 _GRADIENT_NORM = 12  # nnU-Net's
+_COMPARED_PATCHES = 100
 
 
 class OneShotDistillTrainer(OneShotSynthesisTrainer):
@@ -44,6 +49,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.teacher_optimizer = self.teacher_scheduler = None
         self._resumed_from: str | None = None
         self._prepared_round = 0
+        self._settled = 1.0
 
     def initialize(self) -> None:
         super().initialize()
@@ -63,18 +69,25 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
     @property
     def real_share(self) -> float:
         settings = self.config.distillation
-        return settings.real_share if self._round or not settings.rounds else 0.0
+        if not settings.rounds:
+            return settings.real_share
+        return settings.real_share * self._settled if self._round else 0.0
 
     @property
     def _round(self) -> int:
         """How many times the student has been asked to guide the registration, this epoch included."""
         return sum(share * self.num_epochs <= self.current_epoch for share in self.config.distillation.rounds)
 
-    def training_registrations(self, registrations: RegistrationCache) -> RegistrationCache:
+    def training_registrations(
+        self, registrations: RegistrationCache, progress: OneShotDataLoader
+    ) -> RegistrationCache:
         """From the first round on those that the student guides; a resumed training asks the student again."""
         self._prepared_round = self._round
         if self._round == 0:
             return registrations
+        agreement = self._compare(progress)
+        self._settled = agreement.settled()
+        self._log_agreement(agreement)
         student = StudentInTraining(
             self.distiller.averaged.module,
             plans_manager=self.plans_manager,
@@ -83,6 +96,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             mirror_axes=self.inference_allowed_mirroring_axes,
             device=self.device,
             precision=self.config.precision,
+            trust=agreement.trust(),
         )
         folder = join(self.output_folder, FOLDER)
         return register_again(registrations, student, folder, cases=self.roles.unlabelled, **self.registered)
@@ -175,6 +189,34 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             for level, part in zip(result, corrected, strict=True):
                 level[chosen] = part
         return result if isinstance(target, list) else result[0]
+
+    def _compare(self, progress: OneShotDataLoader) -> Agreement:
+        """Asks the averaged student for both images of the same patches; the same patches whenever it is asked."""
+        seed_everything(derive_seed(self.config.seed, self.current_epoch, 3))
+        counts = {"data": [], "real": []}
+        network, self.network = self.network, self.distiller.averaged.module.eval()
+        try:
+            with torch.no_grad():
+                for _ in range(-(-_COMPARED_PATCHES // self.batch_size)):
+                    batch = next(progress)
+                    for name, found in counts.items():
+                        # nnU-Net's step clears ignored voxels of the target that it is given.
+                        target = copy.deepcopy(batch["target"])
+                        found.append(self.validation_step({"data": batch[name], "target": target}))
+        finally:
+            self.network = network
+        return Agreement(pooled_dice(counts["data"]), pooled_dice(counts["real"]))
+
+    def _log_agreement(self, agreement: Agreement) -> None:
+        synthetic, real, trust = (
+            np.round(values, 3).tolist() for values in (agreement.synthetic, agreement.real, agreement.trust())
+        )
+        self.print_to_log_file(
+            f"Dice of the averaged student with the warped labels on synthetic patches {synthetic}, on the real ones "
+            f"they are aligned with {real}. Its weights as a guide: {trust}. They agree on "
+            f"{100 * agreement.settled():.0f} % of the labels: {100 * self.real_share:.0f} % of the patches show real "
+            f"images from now on."
+        )
 
     def _close_loaders(self) -> None:
         """Ends the worker processes of both loaders, as nnU-Net does at the end of a training."""

@@ -11,7 +11,7 @@ from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registration.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset import register_dataset
-from nnunet_oneshot.synthesis.data_loader import build_oneshot_loader
+from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader, build_oneshot_loader
 from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
 
 
@@ -55,29 +55,37 @@ class WarpingTrainer(OneShotTrainer):
             config=self.config,
             oversample_foreground_percent=self.oversample_foreground_percent,
         )
-        return (
-            build(
-                cases=self.roles.unlabelled,
-                registrations=self.training_registrations(registrations),
-                initial_patch_size=initial_patch_size,
-                transforms=training,
-                real_share=self.real_share,
-                augment=True,
-                seed=seeds[0],
-            ),
-            build(
-                cases=self.roles.progress,
-                registrations=registrations,
-                initial_patch_size=patch_size,
-                transforms=validation,
-                real_share=0.0,
-                augment=False,
-                seed=seeds[1],
-            ),
+        progress = build(
+            cases=self.roles.progress,
+            registrations=registrations,
+            initial_patch_size=patch_size,
+            transforms=validation,
+            real_share=0.0,
+            augment=False,
+            seed=seeds[1],
         )
+        # First, because the share of real patches may depend on it.
+        registrations = self.training_registrations(registrations, progress)
+        patches = build(
+            cases=self.roles.unlabelled,
+            registrations=registrations,
+            initial_patch_size=initial_patch_size,
+            transforms=training,
+            real_share=self.real_share,
+            augment=True,
+            seed=seeds[0],
+        )
+        return patches, progress
 
-    def training_registrations(self, registrations: RegistrationCache) -> RegistrationCache:
-        """The registrations from which training patches are made, given those of the dataset."""
+    def training_registrations(
+        self, registrations: RegistrationCache, progress: OneShotDataLoader
+    ) -> RegistrationCache:
+        """The registrations from which training patches are made.
+
+        Args:
+            registrations: Those of the dataset.
+            progress: Draws the patches on which progress is watched.
+        """
         return registrations
 
     @property

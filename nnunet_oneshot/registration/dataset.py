@@ -114,7 +114,7 @@ def register_again(
 ) -> RegistrationCache:
     """Registers pairs a second time, pair by pair, guided by the segmentations of a student.
 
-    The affine maps are those of the first time.
+    The affine maps are those of the first time, and the guide's weight is that of the rounds.
 
     Args:
         first: Holds all the pairs as they were registered before.
@@ -125,7 +125,8 @@ def register_again(
     Returns:
         The cache of the new registrations.
     """
-    settings = dataclasses.replace(config.registration, method="refine")
+    weight = config.distillation.guide_weight
+    settings = dataclasses.replace(config.registration, method="refine", guide_weight=weight)
     return _register(
         PreparedImages(plans, configuration, preprocessed_dataset_folder_base),
         RegistrationCache(folder),
@@ -218,7 +219,8 @@ def _register(
             label_guide = None
             if guide is not None:
                 probabilities = [guide.probabilities(dataset.preprocessed(case)) for case in batch]
-                label_guide = registrar.guide(guide.atlas_maps(dataset.segmentation(atlas)), probabilities, aligned)
+                maps = guide.atlas_maps(dataset.segmentation(atlas))
+                label_guide = registrar.guide(maps, probabilities, aligned, guide.trust)
             shapes = [image.shape[1:] for image in images]
             results = registrar.deform(aligned, batch, shapes, predict=predict, guide=label_guide)
             for registration, image in zip(results, images, strict=True):

@@ -24,23 +24,25 @@ class LabelGuide:
         known: (1, 1, *grid), share of the voxel that the atlas's ignore label leaves.
         fixed: (B, K, *grid), the student's probabilities, affinely resampled onto the atlas's grid.
         mask: (B, 1, *grid), share of the voxel that was observed in the case.
+        say: (K,), how far each label of the student is followed at most, 0 to 1.
     """
 
     atlas: Tensor
     known: Tensor
     fixed: Tensor
     mask: Tensor
+    say: Tensor
 
     def trust(self) -> Tensor:
         """How far each label of the student is followed, (B, K), 0 to 1.
 
         It is the ratio of the label's volumes in the student's segmentation and in the affinely aligned atlas, the
-        smaller by the larger: a label that the student did not find, or found everywhere, has no say. Overlap would be
-        no measure here, because it is smallest where there is most to gain.
+        smaller by the larger, times ``say``: a label that the student did not find, or found everywhere, is not
+        followed. Overlap would be no measure here, because it is smallest where there is most to gain.
         """
         weight = self.known * self.mask
         atlas, fixed = ((weight * maps).flatten(2).sum(2) for maps in (self.atlas, self.fixed))
-        return torch.minimum(atlas, fixed) / torch.maximum(atlas, fixed).clamp_min(1e-6)
+        return self.say * torch.minimum(atlas, fixed) / torch.maximum(atlas, fixed).clamp_min(1e-6)
 
     def loss_on(self, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """The loss of displacements given on a grid.

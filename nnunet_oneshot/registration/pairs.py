@@ -132,7 +132,11 @@ class AtlasRegistrar:
         return Aligned(affine, fixed, mask, start, time.perf_counter() - started)
 
     def guide(
-        self, atlas_maps: np.ndarray, probabilities: Sequence[np.ndarray], aligned: Sequence[Aligned]
+        self,
+        atlas_maps: np.ndarray,
+        probabilities: Sequence[np.ndarray],
+        aligned: Sequence[Aligned],
+        trust: np.ndarray | None = None,
     ) -> LabelGuide:
         """Labels that guide the deformable stage of a batch of aligned cases.
 
@@ -140,6 +144,7 @@ class AtlasRegistrar:
             atlas_maps: (K + 1, X, Y, Z) masks of the atlas's labels, and last of the places that are not ignored.
             probabilities: (K, U, V, W) of each case.
             aligned: Results of `align`, in the same order.
+            trust: How far each label is followed at most, (K,), 0 to 1; None is all the way.
         """
         shape = guide_shape(self.grid.shape)
         maps = self.grid.fixed_maps(self._squeeze(atlas_maps), np.eye(len(shape) + 1), shape)
@@ -147,7 +152,8 @@ class AtlasRegistrar:
             self.grid.fixed_maps(self._squeeze(p), a.affine, shape) for p, a in zip(probabilities, aligned, strict=True)
         ]
         mask = downsample(torch.cat([a.mask for a in aligned]), shape)
-        return LabelGuide(*(t.to(self.device) for t in (maps[:, :-1], maps[:, -1:], torch.cat(fixed), mask)))
+        say = torch.ones(len(atlas_maps) - 1) if trust is None else torch.from_numpy(trust).float()
+        return LabelGuide(*(t.to(self.device) for t in (maps[:, :-1], maps[:, -1:], torch.cat(fixed), mask, say)))
 
     def deform(
         self,

@@ -30,9 +30,11 @@ class SegmentingGuide(ABC):
 
     Attributes:
         labels: nnU-Net's label manager.
+        trust: How far each foreground label, or region, is followed, (K,), 0 to 1; None is all the way.
     """
 
     labels: LabelManager
+    trust: np.ndarray | None = None
 
     @property
     @abstractmethod
@@ -201,6 +203,7 @@ class StudentInTraining(SegmentingGuide):
         mirror_axes: Axes of the patch that may be mirrored, or None.
         device: Where the network runs.
         precision: Of the settings, see `nnunet_oneshot.precision.uses_bfloat16`.
+        trust: How far each foreground label, or region, is followed, (K,), 0 to 1.
     """
 
     def __init__(
@@ -213,7 +216,9 @@ class StudentInTraining(SegmentingGuide):
         mirror_axes: Sequence[int] | None,
         device: torch.device,
         precision: str,
+        trust: np.ndarray,
     ) -> None:
+        self.trust = trust
         network = copy.deepcopy(network)
         network.decoder.deep_supervision = False
         self.labels = plans_manager.get_label_manager(dataset_json)
@@ -229,7 +234,7 @@ class StudentInTraining(SegmentingGuide):
 
     @cached_property
     def digest(self) -> str:
-        weights = hashlib.sha256()
+        weights = hashlib.sha256(np.asarray(self.trust, np.float64).tobytes())
         for name, values in sorted(self._predictor.list_of_parameters[0].items()):
             weights.update(name.encode())
             weights.update(values.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

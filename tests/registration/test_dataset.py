@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnunet_oneshot.cli import main
-from nnunet_oneshot.config import OneShotConfig, RegistrationConfig
+from nnunet_oneshot.config import DistillationConfig, OneShotConfig, RegistrationConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.registration import dataset as module
 from nnunet_oneshot.registration.student import SegmentingGuide
@@ -64,14 +64,15 @@ def test_an_affine_stage_that_finds_nothing_is_told(prepared, monkeypatch, capsy
 class FixedGuide(SegmentingGuide):
     """Finds each label of the atlas where a displacement carries it, in every case."""
 
-    def __init__(self, labels, segmentation, shift):
+    def __init__(self, labels, segmentation, shift, trust):
         self.labels = labels
         self.shift = shift
+        self.trust = np.full(len(labels.foreground_labels), trust)
         self.moved = np.roll(segmentation, shift, axis=1)
 
     @property
     def digest(self):
-        return f"shifted by {self.shift}"
+        return f"shifted by {self.shift}, trusted by {self.trust}"
 
     def describe(self):
         return "Guided by fixed labels."
@@ -95,7 +96,9 @@ def again(dataset, first, student, folder, log, **settings):
         atlases=["case_00"],
         cases=["case_01", "case_02"],
         preprocessed_dataset_folder_base=str(folder.parent),
-        config=OneShotConfig(registration=RegistrationConfig(**settings)),
+        config=OneShotConfig(
+            registration=RegistrationConfig(**settings), distillation=DistillationConfig(guide_weight=1.0)
+        ),
         device=torch.device("cpu"),
         log=log.append,
     )
@@ -108,18 +111,20 @@ def test_pairs_are_registered_again_under_a_guide(prepared, monkeypatch, capsys)
     atlas = dataset.image("case_00")
     monkeypatch.setattr(module.PreparedImages, "image", lambda self, case: atlas)
     monkeypatch.setattr(module.PreparedImages, "preprocessed", lambda self, case: atlas)
-    settings = {"method": "network", "refine_iterations": (10, 10), "guide_weight": 1.0}
-    displacements = []
-    for shift in (0, 2, 2):
+    settings = {"method": "network", "refine_iterations": (10, 10), "guide_weight": 0.0}
+    displacements, cached = [], []
+    for shift, trust in ((0, 1.0), (2, 1.0), (2, 1.0), (2, 0.0)):
         log = []
-        guide = FixedGuide(dataset.label_manager, dataset.segmentation("case_00"), shift)
+        guide = FixedGuide(dataset.label_manager, dataset.segmentation("case_00"), shift, trust)
         cache = again(dataset, first, guide, prepared.preprocessed / "again", log, **settings)
         pair = cache.load("case_00", "case_01")
         assert np.array_equal(pair.affine, first.load("case_00", "case_01").affine)
         assert cache.path("case_00", "case_02", ".png").is_file()
         displacements.append(pair.velocity[0].min())
-    assert "are cached in" in log[-1]
+        cached.append("are cached in" in log[-1])
+    assert cached == [False, False, True, False]
     assert displacements[1] == displacements[2] < displacements[0] - 0.5
+    assert displacements[3] == pytest.approx(displacements[0], abs=0.1)
 
 
 def test_methods_share_one_network(prepared, monkeypatch, capsys):

@@ -24,7 +24,7 @@ def bar(start, stop, size=20):
     return label
 
 
-def guide(atlas, fixed, known=None, mask=None):
+def guide(atlas, fixed, known=None, mask=None, say=None):
     """Of lists of (size, size) label maps."""
     shape = atlas[0].shape
     everywhere = torch.ones(1, 1, *shape)
@@ -33,6 +33,7 @@ def guide(atlas, fixed, known=None, mask=None):
         everywhere if known is None else known[None, None],
         torch.stack(fixed)[None],
         everywhere if mask is None else mask[None, None],
+        torch.ones(len(atlas)) if say is None else torch.tensor(say),
     )
 
 
@@ -73,6 +74,12 @@ def test_displacements_are_in_voxels_of_the_grid_they_are_given_on():
     labels = guide([bar(4, 8)], [bar(7, 11)])
     assert labels.loss_on((40, 40))(displacement).tolist() == pytest.approx([0], abs=1e-6)
     assert labels.loss_on((40, 40))(torch.zeros_like(displacement)).tolist() == pytest.approx([0.75])
+
+
+def test_a_label_counts_as_far_as_it_has_a_say():
+    labels = guide([bar(4, 8), bar(12, 16)], [bar(7, 11), bar(15, 19)], say=[0.5, 0.0])
+    assert labels.loss_on((20, 20))(still()).tolist() == pytest.approx([0.5 * 0.75 / 2])
+    assert labels.agreement_on((20, 20))(still()).tolist() == pytest.approx([0.25])
 
 
 def test_losses_of_labels_are_averaged_and_absent_labels_do_not_count():

@@ -114,9 +114,9 @@ def test_loaders_get_the_roles_of_the_fold(prepare, make_trainer, stubs):
     assert len(roles.atlases) == 1
     assert set(roles.progress) == set(val)
     assert set(registered[0]["cases"]) == {*roles.unlabelled, *roles.progress}
-    assert [b.arguments["real_share"] for b in built] == [1.0, 0.0]
-    assert [b.arguments["augment"] for b in built] == [True, False]
-    assert [b.arguments["cases"] for b in built] == [roles.unlabelled, roles.progress]
+    assert [b.arguments["real_share"] for b in built] == [0.0, 1.0]
+    assert [b.arguments["augment"] for b in built] == [False, True]
+    assert [b.arguments["cases"] for b in built] == [roles.progress, roles.unlabelled]
     assert f"Atlas: {roles.atlases[0]} (" in log_of(trainer)
 
 

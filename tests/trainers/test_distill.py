@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from nnunet_oneshot.distillation.agreement import Agreement
 from nnunet_oneshot.errors import OneShotError
 
 NAME = "OneShotDistillTrainer_5epochs"
@@ -104,26 +106,50 @@ def test_student_guides_the_registrations_from_the_first_round_on(prepare, make_
     built, registered = stubs
     settings = {"real_share": 0.5, "rounds": [0.4, 0.7]}
     trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(settings))
+    answers = iter([Agreement(np.array([0.9, 0.8]), real) for real in (np.array([0.6, 0.2]), np.array([0.7, 0.8]))])
+    monkeypatch.setattr(trainer, "_compare", lambda progress: next(answers))
     weights = []
     original = trainer.on_train_epoch_start
     monkeypatch.setattr(trainer, "on_train_epoch_start", lambda: weights.append(state(trainer)) or original())
     trainer.run_training()
-    training, progress = built[::2], built[1::2]
-    assert [loader.arguments["real_share"] for loader in training] == [0.0, 0.5, 0.5]
+    progress, training = built[::2], built[1::2]
+    assert [loader.arguments["real_share"] for loader in training] == [0.0, 0.25, 0.5]
     assert [loader.arguments["registrations"] for loader in training] == [None, "guided", "guided"]
     assert [loader.arguments["registrations"] for loader in progress] == [None] * 3
     assert len({loader.arguments["seed"] for loader in training}) == 3
     rounds = [arguments for arguments in registered if "placed" in arguments]
     assert [arguments["cases"] for arguments in rounds] == [trainer.roles.unlabelled] * 2
-    for epoch, arguments in zip((2, 4), rounds, strict=True):
+    for epoch, trust, arguments in zip((2, 4), ([0.75, 0.75], [2 / 3, 0]), rounds, strict=True):
         first, guide, folder = arguments["placed"]
+        assert guide.trust == pytest.approx(trust)
         assert first is None
         assert Path(folder).parent == Path(trainer.output_folder)
+        digest = guide.digest
+        vars(guide).pop("digest")
+        guide.trust = guide.trust + 0.1
+        assert guide.digest != digest
         values = guide._predictor.list_of_parameters[0]
         assert all(torch.equal(values[name], value) for name, value in weights[epoch].items())
 
 
-def test_a_training_resumed_after_a_round_asks_the_student_again(prepare, make_trainer, short, stubs):
+def test_the_averaged_student_is_compared_on_both_images_of_the_same_patches(trainer):
+    loader, progress = (loader.data_loader for loader in trainer.get_dataloaders())
+    network, averaged, seen = trainer.network, trainer.distiller.averaged.module, []
+    averaged.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    first = trainer._compare(progress)
+    assert trainer.network is network
+    assert len(seen) >= 100
+    assert all(torch.equal(real, data.flip(2)) for data, real in zip(seen[::2], seen[1::2], strict=True))
+    for found in (first.synthetic, first.real):
+        assert found.shape == (2,)
+        assert ((found >= 0) & (found <= 1)).all()
+
+
+def test_a_training_resumed_after_a_round_asks_the_student_again(prepare, make_trainer, short, stubs, monkeypatch):
+    from nnunet_oneshot.trainers.distill import OneShotDistillTrainer
+
+    settled = Agreement(np.array([0.9, 0.9]), np.array([0.8, 0.8]))
+    monkeypatch.setattr(OneShotDistillTrainer, "_compare", lambda self, progress: settled)
     built, registered = stubs
     dataset = prepare()
     first = make_trainer(dataset, NAME)
@@ -134,8 +160,8 @@ def test_a_training_resumed_after_a_round_asks_the_student_again(prepare, make_t
     second.load_checkpoint(latest(first))
     second.on_train_start()
     assert second.current_epoch == 3
-    assert built[0].arguments["registrations"] == "guided"
-    assert built[0].arguments["real_share"] > 0
+    assert built[1].arguments["registrations"] == "guided"
+    assert built[1].arguments["real_share"] > 0
     second.on_train_epoch_start()
     assert len(built) == 2
 
@@ -144,7 +170,7 @@ def test_without_rounds_real_patches_come_from_the_start(prepare, make_trainer, 
     built, registered = stubs
     trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(rounds=[]))
     trainer.run_training()
-    assert [loader.arguments["real_share"] for loader in built] == [trainer.config.distillation.real_share, 0.0]
+    assert [loader.arguments["real_share"] for loader in built] == [0.0, trainer.config.distillation.real_share]
     assert len(registered) == 1
     assert not hasattr(trainer.distiller, "averaged")
 

@@ -209,11 +209,12 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     def _log_agreement(self, agreement: Agreement) -> None:
         synthetic, real, trust = (
-            np.round(values, 3).tolist() for values in (agreement.synthetic, agreement.real, agreement.trust())
+            np.round(np.asarray(values, np.float64), 3).tolist()
+            for values in (agreement.synthetic, agreement.real, agreement.trust())
         )
         self.print_to_log_file(
             f"Dice of the averaged student with the warped labels on synthetic patches {synthetic}, on the real ones "
-            f"they are aligned with {real}. Its weights as a guide: {trust}. They agree on "
+            f"they are aligned with {real}. Trust in it as a guide: {trust}. They agree on "
             f"{100 * agreement.settled():.0f} % of the labels: {100 * self.real_share:.0f} % of the patches show real "
             f"images from now on."
         )

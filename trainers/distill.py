@@ -28,7 +28,8 @@ from nnunet_oneshot.trainers.base import CUDA
 from nnunet_oneshot.trainers.synthesis import OneShotSynthesisTrainer
 
 _GRADIENT_NORM = 12  # nnU-Net's
-_COMPARED_PATCHES = 100
+_COMPARED_PATCHES = (20, 100)
+_COMPARED_VOXELS = 40_000_000
 
 
 class OneShotDistillTrainer(OneShotSynthesisTrainer):
@@ -191,13 +192,18 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         return result if isinstance(target, list) else result[0]
 
     def _compare(self, progress: OneShotDataLoader) -> Agreement:
-        """Asks the averaged student for both images of the same patches; the same patches whenever it is asked."""
-        seed_everything(derive_seed(self.config.seed, self.current_epoch, 3))
+        """Asks the averaged student for both images of the same patches; the same patches whenever it is asked.
+
+        As many as `_COMPARED_VOXELS` make, within the bounds of `_COMPARED_PATCHES`.
+        """
+        seed_everything(derive_seed(self.config.seed, 3))
+        wanted = _COMPARED_VOXELS // int(np.prod(self.configuration_manager.patch_size))
+        number = int(np.clip(wanted, *_COMPARED_PATCHES))
         counts = {"data": [], "real": []}
         network, self.network = self.network, self.distiller.averaged.module.eval()
         try:
             with torch.no_grad():
-                for _ in range(-(-_COMPARED_PATCHES // self.batch_size)):
+                for _ in range(-(-number // self.batch_size)):
                     batch = next(progress)
                     for name, found in counts.items():
                         # nnU-Net's step clears ignored voxels of the target that it is given.
@@ -209,12 +215,12 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     def _log_agreement(self, agreement: Agreement) -> None:
         synthetic, real, trust = (
-            np.round(np.asarray(values, np.float64), 3).tolist()
-            for values in (agreement.synthetic, agreement.real, agreement.trust())
+            np.round(values, 3).tolist() for values in (agreement.synthetic, agreement.real, agreement.trust())
         )
+        cases = "held-out cases" if self.roles.held_out else "cases it is trained on, since none is held out"
         self.print_to_log_file(
             f"Dice of the averaged student with the warped labels on synthetic patches {synthetic}, on the real ones "
-            f"they are aligned with {real}. Trust in it as a guide: {trust}. They agree on "
+            f"that they are aligned with, of {cases}, {real}. Trust in it as a guide: {trust}. They agree on "
             f"{100 * agreement.settled():.0f} % of the labels: {100 * self.real_share:.0f} % of the patches show real "
             f"images from now on."
         )

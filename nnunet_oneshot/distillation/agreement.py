@@ -30,10 +30,10 @@ class Agreement:
         """How far each label of the student may lead a registration, (K,), 0 to 1.
 
         It is the share of the disagreement on real patches that the student's own errors, known from the synthetic
-        ones, do not explain: ``(synthetic - real) / (1 - real)``.
+        ones, do not explain: ``(synthetic - real) / (1 - real)``, to two decimals.
         """
         gap = (self.synthetic - self.real) / np.maximum(1 - self.real, 1e-6)
-        return np.clip(np.nan_to_num(gap), 0, 1)
+        return np.round(np.clip(np.nan_to_num(gap), 0, 1), 2)
 
     def settled(self) -> float:
         """Share of the labels on which student and registration agree more than they differ, 0 to 1."""
@@ -50,5 +50,7 @@ def pooled_dice(counts: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
     Returns:
         (K,).
     """
-    tp, fp, fn = (np.sum([c[name] for c in counts], axis=0) for name in ("tp_hard", "fp_hard", "fn_hard"))
+    tp, fp, fn = (
+        np.sum([c[name] for c in counts], axis=0, dtype=np.float64) for name in ("tp_hard", "fp_hard", "fn_hard")
+    )
     return np.where(tp + fn > 0, 2 * tp / np.maximum(2 * tp + fp + fn, 1), np.nan)

@@ -248,7 +248,7 @@ def test_a_student_in_training_is_copied(student):
         deep_supervision=True,
     )
 
-    def copied(trust=None):
+    def copied():
         return StudentInTraining(
             network,
             plans_manager=plans,
@@ -257,7 +257,7 @@ def test_a_student_in_training_is_copied(student):
             mirror_axes=None,
             device=torch.device("cpu"),
             precision="float32",
-            trust=trust,
+            trust=np.ones(2),
         )
 
     # Away from the border, where nnU-Net's window weighs next to nothing and rounds what it has in half precision.

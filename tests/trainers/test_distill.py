@@ -119,7 +119,7 @@ def test_student_guides_the_registrations_from_the_first_round_on(prepare, make_
     assert len({loader.arguments["seed"] for loader in training}) == 3
     rounds = [arguments for arguments in registered if "placed" in arguments]
     assert [arguments["cases"] for arguments in rounds] == [trainer.roles.unlabelled] * 2
-    for epoch, trust, arguments in zip((2, 4), ([0.75, 0.75], [2 / 3, 0]), rounds, strict=True):
+    for epoch, trust, arguments in zip((2, 4), ([0.75, 0.75], [0.67, 0]), rounds, strict=True):
         first, guide, folder = arguments["placed"]
         assert guide.trust == pytest.approx(trust)
         assert first is None

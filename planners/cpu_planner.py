@@ -12,14 +12,14 @@ from nnunet_oneshot.planners.oneshot_planner import OneShotPlanner
 
 _MAX_PATCH_VOXELS = 100_000
 _MAX_BATCH_2D = 12
-_FEW_LABELS = 16
+_FEW_CLASSES = 8
 
 
 class OneShotCPUPlanner(OneShotPlanner):
     """Small patches and batches and few features, so that an iteration takes about a second on two cores.
 
     Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
-    of voxels; networks have 8 to 64 features, and 16 to 128 for more than 15 foreground labels. Registration runs on at
+    of voxels; networks have 8 to 64 features, and 16 to 128 for more than 7 foreground labels. Registration runs on at
     most 200,000 voxels. The students start with learning rate 0.003. Arguments as for `OneShotPlanner`, but the memory
     target has no effect.
     """
@@ -42,7 +42,7 @@ class OneShotCPUPlanner(OneShotPlanner):
             suppress_transpose,
         )
         # The head of the full resolution separates all labels by the features of one voxel.
-        self.UNet_base_num_features = 8 if len(self.dataset_json["labels"]) <= _FEW_LABELS else 16
+        self.UNet_base_num_features = 8 if len(self.dataset_json["labels"]) <= _FEW_CLASSES else 16
         self.UNet_max_features_2d = self.UNet_max_features_3d = 8 * self.UNet_base_num_features
 
     def default_config(self) -> OneShotConfig:

@@ -145,6 +145,15 @@ def test_the_averaged_student_is_compared_on_both_images_of_the_same_patches(tra
         assert ((found >= 0) & (found <= 1)).all()
 
 
+def test_of_large_patches_fewer_are_compared(trainer, monkeypatch):
+    progress = trainer.get_dataloaders()[1].data_loader
+    seen = []
+    trainer.distiller.averaged.module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr("nnunet_oneshot.trainers.distill._COMPARED_VOXELS", 1)
+    trainer._compare(progress)
+    assert 2 * 20 <= sum(seen) < 2 * (20 + trainer.batch_size)
+
+
 def test_a_training_resumed_after_a_round_asks_the_student_again(prepare, make_trainer, short, stubs, monkeypatch):
     from nnunet_oneshot.trainers.distill import OneShotDistillTrainer
 

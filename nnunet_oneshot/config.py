@@ -106,6 +106,10 @@ class DistillationConfig:
         hint_weight: Weight of the hint (the paper's lambda_hint).
         reconstruction_weight: Weight of the teacher's reconstruction (the paper's lambda_recon).
         levels: Number of decoder levels compared, counted from full resolution.
+        detach: Whose features the hint takes as given: ``"teacher"`` (it moves the student and the projections),
+            ``"student"`` (it moves the teacher and the projections) or ``"none"`` (it moves all).
+        teacher_first: Length of a training of the teacher alone, before that of the student, as a share (0 to 1) of the
+            student's; the teacher then stays as it is. 0 trains both together.
         warmup_epochs: Share (0 to 1) of the epochs over which the hint's weight rises linearly from 0; the projections
             already learn during it.
         teacher_learning_rate: Initial learning rate of the teacher and of the projections (AdamW).
@@ -131,6 +135,8 @@ class DistillationConfig:
     hint_weight: float = 0.1
     reconstruction_weight: float = 1.0
     levels: int = 2
+    detach: str = "teacher"
+    teacher_first: float = 0.0
     warmup_epochs: float = 0.2
     teacher_learning_rate: float = 1e-3
     corruption: float = 0.0
@@ -213,6 +219,7 @@ _CHOICES = {
     "similarity": ("lncc", "mse", "mind", "nmi"),
     "precision": ("auto", "float32"),
     "hint": ("voxel", "voxel_raw", "global", "none"),
+    "detach": ("teacher", "student", "none"),
 }
 _PROBABILITIES = (
     "p_scale",
@@ -221,6 +228,7 @@ _PROBABILITIES = (
     "p_appearance",
     "corruption",
     "unlabelled_fraction",
+    "teacher_first",
     "warmup_epochs",
     "real_share",
     "average_decay",
@@ -280,7 +288,13 @@ def _build(cls: type, block: Any, where: str) -> Any:
             values[name] = _build(_NESTED[name], value, f'"{name}" in {where}')
         else:
             values[name] = _checked(name, value, fields[name], where)
-    return cls(**values)
+    built = cls(**values)
+    if cls is DistillationConfig and built.teacher_first and built.detach != "teacher":
+        raise OneShotError(
+            f'{where} has "teacher_first" {built.teacher_first}, after which the teacher stays as it is, and "detach" '
+            f'{built.detach!r}, with which the hint moves it: set "teacher_first" to 0 or "detach" to "teacher".'
+        )
+    return built
 
 
 def _checked(name: str, value: Any, spec: dataclasses.Field, where: str) -> Any:

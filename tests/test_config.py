@@ -78,3 +78,10 @@ def test_overrides_that_are_no_object_are_refused(monkeypatch, value):
     monkeypatch.setenv(OVERRIDES_VARIABLE, value)
     with pytest.raises(OneShotError, match=OVERRIDES_VARIABLE):
         read()
+
+
+@pytest.mark.parametrize("detach", ["student", "none"])
+def test_a_teacher_that_stays_as_it_is_cannot_be_moved_by_the_hint(detach):
+    block = {"distillation": {"teacher_first": 0.5, "detach": detach}}
+    with pytest.raises(OneShotError, match='"teacher_first" 0.5.*"detach".*set "teacher_first" to 0'):
+        OneShotConfig.from_plans({"oneshot": block})

@@ -106,11 +106,14 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         if self._resumed_from is not None:
             load_teacher(self._resumed_from, self.distiller, self.teacher_optimizer, self.current_epoch)
         super().on_train_start()
+        if self.distiller.teaches and self.config.distillation.teacher_first:
+            if self.current_epoch == 0:
+                self._train_teacher()
+            self.distiller.teacher.requires_grad_(False)
 
     def on_train_epoch_start(self) -> None:
         if self._round != self._prepared_round:
-            self._close_loaders()
-            self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+            self._renew_loaders()
         super().on_train_epoch_start()
         self.distiller.train()
         self.teacher_scheduler.step(self.current_epoch)
@@ -127,16 +130,22 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.teacher_optimizer.zero_grad(set_to_none=True)
         reconstruction, teacher_features = torch.zeros(()), []
         if self.distiller.teaches:
-            # One network after the other, so that the activations of only one are held.
             with self._autocast():
                 reconstruction, teacher_features = self.distiller.reconstruct(real)
-            self._scaled(reconstruction).backward()
+            # One network after the other where that can be, so that the activations of only one are held.
+            if reconstruction.requires_grad and not self.distiller.moves_teacher:
+                self._scaled(reconstruction).backward()
         with self._autocast():
             output, features = self._features(self._student(), data)
             segmentation = self.loss(output, target)
             hint = self.distiller.hint(features, teacher_features, weight, hint_weight=self._hint_weight())
-        self._scaled(segmentation + hint).backward()
-        self._step()
+        total = segmentation + hint
+        if self.distiller.moves_teacher:
+            total = total + reconstruction
+        self._scaled(total).backward()
+        self._step((self.network, self.optimizer), (self.distiller, self.teacher_optimizer))
+        if self.config.distillation.rounds:
+            self.distiller.averaged.update_parameters(self._student())
         losses = {"loss": segmentation, "hint": hint, "reconstruction": reconstruction}
         return {name: value.detach().cpu().numpy() for name, value in losses.items()}
 
@@ -225,11 +234,34 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             f"images from now on."
         )
 
-    def _close_loaders(self) -> None:
-        """Ends the worker processes of both loaders, as nnU-Net does at the end of a training."""
+    def _train_teacher(self) -> None:
+        """Trains the teacher alone, on the real patches that the student's loader gives."""
+        settings = self.config.distillation
+        number = max(1, round(settings.teacher_first * self.num_epochs * self.num_iterations_per_epoch))
+        self.print_to_log_file(f"The teacher is trained alone for {number} iterations and then stays as it is.")
+        self.distiller.train()
+        schedule = PolyLRScheduler(self.teacher_optimizer, settings.teacher_learning_rate, number)
+        losses = []
+        for iteration in range(number):
+            schedule.step(iteration)
+            real = next(self.dataloader_train)["real"].to(self.device, non_blocking=True)
+            self.teacher_optimizer.zero_grad(set_to_none=True)
+            with self._autocast():
+                reconstruction, _ = self.distiller.reconstruct(real)
+            self._scaled(reconstruction).backward()
+            self._step((self.distiller, self.teacher_optimizer))
+            losses.append(reconstruction.item())
+        last = losses[-self.num_iterations_per_epoch :]
+        self.print_to_log_file(f"Its reconstruction: {losses[0]:.4f} at first, {np.mean(last):.4f} at last.")
+        # The student begins with the patches that it would have begun with.
+        self._renew_loaders()
+
+    def _renew_loaders(self) -> None:
+        """Puts new loaders in the place of both, whose worker processes are ended as nnU-Net ends them."""
         for loader in (self.dataloader_train, self.dataloader_val):
             if isinstance(loader, MultiThreadedAugmenter):
                 loader._finish()
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
 
     def _student(self) -> torch.nn.Module:
         """The network itself, without the wrapper of ``torch.compile``."""
@@ -244,12 +276,14 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
-    def _step(self) -> None:
-        """One step of the optimisers with gradients clipped as nnU-Net does."""
-        moved = [(self.network, self.optimizer)]
-        if self.distiller.teaches:
-            moved.append((self.distiller, self.teacher_optimizer))
-        for module, optimizer in moved:
+    def _step(self, *pairs: tuple[torch.nn.Module, torch.optim.Optimizer]) -> None:
+        """One step of each module's optimiser with gradients clipped as nnU-Net does.
+
+        A module without gradients is left out, since a gradient scaler does not bear one.
+        """
+        for module, optimizer in pairs:
+            if all(parameter.grad is None for parameter in module.parameters()):
+                continue
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(module.parameters(), _GRADIENT_NORM)
@@ -259,5 +293,3 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 optimizer.step()
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-        if self.config.distillation.rounds:
-            self.distiller.averaged.update_parameters(self._student())

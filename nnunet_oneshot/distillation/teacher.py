@@ -65,8 +65,8 @@ class FeatureProjection(nn.Module):
 class Distiller(nn.Module):
     """Teacher, projections and the losses they take part in; nothing of it is needed after training.
 
-    The hint moves the student and the projections, the reconstruction moves the teacher: neither gradient reaches the
-    other's side.
+    The reconstruction moves the teacher; the hint moves the projections and, by default, the student alone (``detach``
+    of the settings).
 
     Args:
         teacher: Network of `build_teacher`.
@@ -96,6 +96,11 @@ class Distiller(nn.Module):
         """Whether the student hears of the teacher; otherwise there is no need to train one."""
         return self.config.hint != "none"
 
+    @property
+    def moves_teacher(self) -> bool:
+        """Whether the hint reaches the teacher, so that its loss has to wait for that of the student."""
+        return self.teaches and self.config.detach != "teacher"
+
     def hint_weight(self, progress: float) -> float:
         """Weight of the hint after a share ``progress`` (0 to 1) of the epochs: a linear rise, then constant."""
         if progress >= self.config.warmup_epochs:
@@ -112,13 +117,14 @@ class Distiller(nn.Module):
 
         Returns:
             ``(loss, features)``: mean squared error times the configured weight (the paper's lambda_recon), and the
-            detached features, full resolution first.
+            features, full resolution first, detached unless the hint moves the teacher.
         """
         config = self.config
         seen = mask_patches(real, share=config.corruption, block=config.corruption_block)
         reconstruction, features = self._features(self.teacher, seen)
         loss = config.reconstruction_weight * reconstruction_loss(reconstruction, real)
-        return loss, [level.detach() for level in features[: config.levels]]
+        features = features[: config.levels]
+        return loss, features if self.moves_teacher else [level.detach() for level in features]
 
     def hint(
         self,
@@ -128,16 +134,16 @@ class Distiller(nn.Module):
         *,
         hint_weight: float,
     ) -> torch.Tensor:
-        """The loss that draws the student's features to the teacher's, to be added to the segmentation loss as it is.
+        """The loss that draws the features of both together, to be added to the segmentation loss as it is.
 
-        ``hint_weight`` multiplies the gradient that reaches the student rather than the loss, so that the projections
-        learn at full strength while the student is still left alone: when the weight rises, they are not random.
+        ``hint_weight`` multiplies the gradient that reaches a network rather than the loss, so that the projections
+        learn at full strength while the networks are still left alone: when the weight rises, they are not random.
 
         Args:
             student: The student's features on synthetic patches, full resolution first.
             teacher: The teacher's on the real patches aligned with them.
             weight: Trust in each sample's alignment ``(B,)``.
-            hint_weight: Weight of the hint for the student (the paper's lambda_hint).
+            hint_weight: Weight of the hint for the networks that it moves (the paper's lambda_hint).
 
         Returns:
             The sum over the levels, as in the paper, at weight 1.
@@ -146,6 +152,7 @@ class Distiller(nn.Module):
         if not self.teaches:
             return total
         for projection, own, other in zip(self.projections, student, teacher, strict=False):
-            projected = projection(scale_gradient(own, hint_weight))
-            total = total + _HINTS[self.config.hint](projected, other, weight)
+            own = own.detach() if self.config.detach == "student" else scale_gradient(own, hint_weight)
+            other = scale_gradient(other, hint_weight) if self.moves_teacher else other.detach()
+            total = total + _HINTS[self.config.hint](projection(own), other, weight)
         return total

@@ -56,6 +56,27 @@ def test_hint_moves_the_student_and_never_the_teacher(form):
     assert moved(own.projections) == (form == "voxel")
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("detach", "moves"), [("student", (False, True)), ("none", (True, True))])
+def test_the_hint_moves_the_side_that_is_not_detached(form, detach, moves):
+    own, net = distiller(hint=form, detach=detach), student(2)
+    losses_of(own, net, *batch())[0].backward()
+    assert (moved(net), moved(own.teacher)) == moves
+    assert moved(own.projections) == (form == "voxel")
+
+
+def test_hint_weight_scales_the_gradient_of_the_teacher_too():
+    own, net = distiller(hint="voxel_raw", detach="none"), student(2)
+    images = batch()
+    norms = {}
+    for weight in (1.0, 0.25):
+        net.zero_grad()
+        own.zero_grad()
+        losses_of(own, net, *images, hint_weight=weight)[0].backward()
+        norms[weight] = [torch.stack([g.norm() for g in gradients(m)]).norm().item() for m in (net, own.teacher)]
+    assert norms[0.25] == pytest.approx([0.25 * norm for norm in norms[1.0]], rel=1e-4)
+
+
 def test_reconstruction_moves_the_teacher_alone():
     own, net = distiller(), student(2)
     losses_of(own, net, *batch())[1].backward()

@@ -71,6 +71,65 @@ def test_reconstruction_reaches_the_teacher_and_not_the_student(trainer):
     assert none[1].abs().max() == 0 < full[1].abs().max()
 
 
+@pytest.mark.parametrize(("detach", "moves"), [("student", (False, True)), ("none", (True, True))])
+def test_hint_reaches_the_side_that_is_not_detached(detach, moves, trainer):
+    batch = next(trainer.get_dataloaders()[0])
+    trainer.current_epoch = 4
+    plain = gradients_of_a_step(trainer, batch, detach=detach, hint_weight=0.0)
+    hinted = gradients_of_a_step(trainer, batch, detach=detach, hint_weight=1.0)
+    assert tuple(not torch.allclose(a, b) for a, b in zip(plain, hinted, strict=True)) == moves
+
+
+def test_with_both_moved_the_reconstruction_still_reaches_the_teacher(trainer):
+    batch = next(trainer.get_dataloaders()[0])
+    trainer.current_epoch = 4
+    none = gradients_of_a_step(trainer, batch, detach="none", reconstruction_weight=0.0)
+    full = gradients_of_a_step(trainer, batch, detach="none", reconstruction_weight=1.0)
+    assert torch.allclose(none[0], full[0]) and not torch.allclose(none[1], full[1])
+
+
+def teacher_first(**settings):
+    settings = {"hint_weight": 1.0, "teacher_first": 0.4, "rounds": [], **settings}
+    return lambda plans: plans["oneshot"]["distillation"].update(settings)
+
+
+@pytest.mark.parametrize("hint", ["voxel", "global"])
+def test_a_teacher_that_comes_first_stays_as_it_is(hint, prepare, make_trainer, short, stubs, monkeypatch):
+    built, _ = stubs
+    trainer = make_trainer(prepare(), NAME, edit=teacher_first(hint=hint))
+    trainer.initialize()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    parts = (trainer.network, trainer.distiller.teacher)
+    before = copies(*parts)
+    trainer.on_train_start()
+    after = copies(*parts)
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+    assert "alone for 4 iterations" in Path(trainer.log_file).read_text()
+    assert built[1].arguments["seed"] == built[3].arguments["seed"]
+    trainer.current_epoch = 4
+    trainer.on_train_epoch_start()
+    losses = trainer.train_step(next(trainer.dataloader_train))
+    assert losses["hint"] > 0 and losses["reconstruction"] > 0
+    last = copies(*parts)
+    assert not torch.equal(after[0], last[0]) and torch.equal(after[1], last[1])
+
+
+def test_a_resumed_training_does_not_train_the_teacher_first_again(prepare, make_trainer, short, stubs):
+    dataset = prepare()
+    first = make_trainer(dataset, NAME, edit=teacher_first())
+    first.on_train_start()
+    first.on_train_epoch_start()
+    first.train_step(next(first.dataloader_train))
+    first.save_checkpoint(latest(first))
+    second = make_trainer(dataset, NAME, resume=True, edit=teacher_first())
+    second.load_checkpoint(latest(first))
+    second.on_train_start()
+    assert torch.equal(*(copies(t.distiller.teacher)[0] for t in (first, second)))
+    second.on_train_epoch_start()
+    second.train_step(next(second.dataloader_train))
+    assert torch.equal(*(copies(t.distiller.teacher)[0] for t in (first, second)))
+
+
 def test_without_hint_and_real_patches_the_student_is_that_of_synthesis(prepare, make_trainer, stubs, short):
     dataset = prepare()
     weights = []

@@ -13,10 +13,12 @@ import re
 from pathlib import Path
 
 import nnunet_oneshot.config as config
+import nnunet_oneshot.registries as registries
 from nnunet_oneshot.cli import build_parser
+from nnunet_oneshot.registry import Registry
 
 DOCS = Path(__file__).resolve().parent
-PAGES = (DOCS / "reference" / "commands.md", DOCS / "reference" / "plans_block.md")
+PAGES = tuple(DOCS / "reference" / name for name in ("commands.md", "plans_block.md", "registered.md"))
 _SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -26,7 +28,18 @@ def render(text: str) -> str:
 
 
 def _content(name: str) -> str:
+    if name in registries.__all__:
+        return registered(getattr(registries, name))
     return commands() if name == "commands" else settings(getattr(config, name))
+
+
+def registered(registry: Registry) -> str:
+    """A table of what is registered, with its meaning and, for ablations, its settings."""
+    rows = []
+    for name, entry in registry.items():
+        changed = [f"`{json.dumps(entry.settings)}`"] if registry is registries.ABLATIONS else []
+        rows.append([f"`{name}`", _as_markdown(registry.meaning(name)), *changed])
+    return _table(["name", "meaning", *(["settings"] if registry is registries.ABLATIONS else [])], rows)
 
 
 def settings(cls: type) -> str:
@@ -45,7 +58,11 @@ def _attributes(cls: type) -> dict[str, str]:
     """Name to meaning, from the ``Attributes`` section of a docstring."""
     section = inspect.getdoc(cls).split("Attributes:\n", 1)[1]
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()).replace("``", "`") for name, text in entries}
+    return {name: _as_markdown(" ".join(text.split())) for name, text in entries}
+
+
+def _as_markdown(text: str) -> str:
+    return text.replace("``", "`")
 
 
 def commands() -> str:

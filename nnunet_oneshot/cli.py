@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from nnunet_oneshot import __version__
 from nnunet_oneshot.errors import OneShotError, exit_status
@@ -22,6 +23,31 @@ def _fold(text: str) -> str:
     if text != "all" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a fold: give a number such as 0, or all")
     return text
+
+
+class _Names(Sequence[str]):
+    """The names of a registry as choices of an option; loaded when the option is used, not when others are."""
+
+    def __init__(self, load: Callable[[], Iterable[str]]) -> None:
+        self._load = load
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self._load())[index]
+
+    def __len__(self) -> int:
+        return len(list(self._load()))
+
+
+def _similarities() -> Iterable[str]:
+    from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
+
+    return SIMILARITIES
+
+
+def _propagation_methods() -> Iterable[str]:
+    from nnunet_oneshot.evaluation.propagation import propagation_methods
+
+    return propagation_methods()
 
 
 def _add_dataset(parser: argparse.ArgumentParser, configuration: str | None = None) -> None:
@@ -91,8 +117,9 @@ def _add_benchmark(subparsers: argparse._SubParsersAction) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="affine registration corrected syn nnunet-atlas propagation synthesis distill nnunet-full, or one of them "
-        "with other settings: distill:distillation.hint=none,unlabelled_fraction=0.2 (default: all that can run)",
+        help="affine registration corrected syn nnunet-atlas propagation synthesis distill nnunet-full (default: those "
+        "of them that can run), another peer, or one of them with an ablation or other settings: distill:no-hint, "
+        "distill:unlabelled_fraction=0.2",
     )
     parser.add_argument("--epochs", type=int, metavar="N", help="length of every training, 250 iterations an epoch")
     parser.add_argument(
@@ -180,6 +207,7 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
 
 def _plan_and_preprocess(options: argparse.Namespace) -> None:
     import nnunet_oneshot.planners as planners
+    import nnunet_oneshot.registries  # noqa: F401  (names in existing plans are checked against them)
     from nnunet_oneshot.data.options import DEFAULT_CONFIGURATIONS, Options
     from nnunet_oneshot.data.plan_and_preprocess import plan_and_preprocess
 
@@ -270,10 +298,11 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", required=True, metavar="FOLDER", help="where the segmentations are written")
     parser.add_argument(
         "--method",
-        choices=["registration", "corrected", "affine", "syn"],
+        choices=_Names(_propagation_methods),
+        metavar="NAME",
         default="registration",
-        help="registration of this package, the same with labels corrected by each image's intensities as training "
-        "does, its affine stage alone, or ANTs SyN (default: registration)",
+        help="registration (of this package), corrected (the same with labels corrected by each image's intensities as "
+        "training does), affine (its first stage), or a peer such as syn (default: registration)",
     )
     _add_guide(parser)
     _add_device(parser, "the registration runs")
@@ -281,7 +310,7 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _register(options: argparse.Namespace) -> None:
-    from nnunet_oneshot.registration.command import register
+    from nnunet_oneshot.registration.dataset.command import register
 
     register(
         dataset=options.d,
@@ -311,7 +340,7 @@ def _add_register(subparsers: argparse._SubParsersAction) -> None:
 
 def _register_pair(options: argparse.Namespace) -> None:
     from nnunet_oneshot.config import RegistrationConfig
-    from nnunet_oneshot.registration.files import register_pair
+    from nnunet_oneshot.registration.files.register_pair import register_pair
 
     register_pair(
         options.fixed,
@@ -338,7 +367,8 @@ def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", required=True, metavar="OUT", help="folder to make")
     parser.add_argument(
         "--similarity",
-        choices=["lncc", "mse", "mind", "nmi"],
+        choices=_Names(_similarities),
+        metavar="NAME",
         default="lncc",
         help="what is maximised; mind or nmi for images of different contrast (default: lncc)",
     )
@@ -347,7 +377,7 @@ def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _suggest_atlas(options: argparse.Namespace) -> None:
-    from nnunet_oneshot.data.suggestion import suggest_atlas
+    from nnunet_oneshot.registration.dataset.suggestion import suggest_atlas
 
     suggest_atlas(
         dataset=options.d,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.registry import CHOSEN_BY_SETTING
 
 OVERRIDES_VARIABLE = "nnUNet_oneshot_overrides"
 BLOCK = "oneshot"
@@ -23,9 +25,8 @@ class RegistrationConfig:
             ``"network+refine"`` (the network's velocity field is the start of each pair's optimisation).
         affine: Whether an affine registration comes first.
         max_voxels: Largest number of voxels of the grid on which images are compared; larger atlases are downsampled.
-        similarity: ``"lncc"`` (local correlation), ``"mse"``, or for images of different contrast ``"mind"``
-            (self-similarity descriptors) or ``"nmi"`` (mutual information); the affine stage then maximises mutual
-            information instead of correlation.
+        similarity: What is maximised, one of the registered similarities; for images of different contrast ``"mind"``
+            or ``"nmi"``, with which the affine stage maximises mutual information instead of correlation.
         lncc_kernel: Edge of the LNCC window, voxels of the registration grid.
         smoothness: Weight of the diffusion energy of the velocity field, taken in physical units, at full resolution; a
             level that is n times coarser has an n-th of an n-th of it.
@@ -101,8 +102,7 @@ class DistillationConfig:
     """Losses of teacher and student (arXiv 2408.03616).
 
     Attributes:
-        hint: ``"voxel"`` (cosine at every place after a learned projection of the student's features), ``"voxel_raw"``
-            (the same without projection), ``"global"`` (the paper's form: one cosine a level) or ``"none"``.
+        hint: How the features are compared, one of the registered hints; ``"none"`` trains no teacher.
         hint_weight: Weight of the hint (the paper's lambda_hint).
         reconstruction_weight: Weight of the teacher's reconstruction (the paper's lambda_recon).
         levels: Number of decoder levels compared, counted from full resolution.
@@ -197,7 +197,7 @@ class OneShotConfig:
         where = f'the "{BLOCK}" block of plans {plans.get("plans_name", "")!r}'
         overrides = environment_overrides()
         if overrides:
-            block = _merge(block, overrides)
+            block = merge_settings(block, overrides)
             where += f" with {OVERRIDES_VARIABLE} merged in"
         return _build(cls, block, where)
 
@@ -214,11 +214,9 @@ def with_guide(config: OneShotConfig, guide: str | os.PathLike | None) -> OneSho
     return dataclasses.replace(config, registration=registration)
 
 
-_CHOICES = {
+_CHOICES: dict[str, Sequence[str]] = {
     "method": ("refine", "network", "network+refine"),
-    "similarity": ("lncc", "mse", "mind", "nmi"),
     "precision": ("auto", "float32"),
-    "hint": ("voxel", "voxel_raw", "global", "none"),
     "detach": ("teacher", "student", "none"),
 }
 _PROBABILITIES = (
@@ -263,11 +261,12 @@ def environment_overrides() -> dict[str, Any]:
     return overrides
 
 
-def _merge(block: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``block`` with ``overrides`` laid over it, nested objects merged."""
-    merged = dict(block)
-    for key, value in overrides.items():
-        merged[key] = _merge(merged.get(key, {}), value) if isinstance(value, dict) else value
+def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """``first`` with ``second`` laid over it, nested objects merged."""
+    merged = dict(first)
+    for key, value in second.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge_settings(merged[key], value) if nested else value
     return merged
 
 
@@ -325,8 +324,9 @@ def _checked(name: str, value: Any, spec: dataclasses.Field, where: str) -> Any:
         if not isinstance(value, list) or not all(_is_number(v) and 0 < v < 1 for v in value):
             raise fail("a list, empty or of numbers between 0 and 1 such as [0.4, 0.7]")
         return tuple(value)
-    if name in _CHOICES and value not in _CHOICES[name]:
-        raise fail(f"one of {list(_CHOICES[name])}")
+    choices = CHOSEN_BY_SETTING.get(name, _CHOICES.get(name))
+    if choices is not None and value not in choices:
+        raise fail(f"one of {list(choices)}")
     default = spec.default
     if isinstance(default, bool):
         if not isinstance(value, bool):

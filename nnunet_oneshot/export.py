@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nnunet_oneshot.checkpoints import loading_checkpoint
-from nnunet_oneshot.data.prepared import dataset_name
+from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.inference import CHECKPOINT, load_predictor
@@ -62,7 +62,7 @@ def export_model(
         OneShotError: There is no such trained model, the target exists, or the predictions differ.
     """
     (results,) = require_env("nnUNet_results")
-    name = dataset_name(dataset)
+    name = dataset_name(dataset, results)
     usable_device(device)
     source = _trained_model(results / name, f"{trainer}__{plans_name}__{configuration}")
     folds = _finished_folds(source, folds)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 
 CHECKPOINT = "checkpoint_final.pth"
@@ -34,10 +34,8 @@ def foreground_probabilities(predictor, image: np.ndarray) -> np.ndarray:
 
 def build_predictor(
     network: torch.nn.Module,
+    prepared: PreparedDataset,
     *,
-    plans_manager: PlansManager,
-    configuration_manager: ConfigurationManager,
-    dataset_json: dict,
     mirror_axes: Sequence[int] | None,
     device: torch.device,
 ):
@@ -45,9 +43,7 @@ def build_predictor(
 
     Args:
         network: Without deep supervision, on ``device``.
-        plans_manager: nnU-Net's.
-        configuration_manager: nnU-Net's, of the configuration that the network is for.
-        dataset_json: Description of the dataset.
+        prepared: The dataset that the network is for.
         mirror_axes: Axes of the patch that may be mirrored, or None.
         device: Where the network runs.
     """
@@ -55,7 +51,13 @@ def build_predictor(
 
     predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type != "cpu", allow_tqdm=False)
     predictor.manual_initialization(
-        network, plans_manager, configuration_manager, [network.state_dict()], dataset_json, "", mirror_axes
+        network,
+        prepared.plans_manager,
+        prepared.configuration_manager,
+        [network.state_dict()],
+        prepared.dataset_json,
+        "",
+        mirror_axes,
     )
     return predictor
 

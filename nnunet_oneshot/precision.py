@@ -17,7 +17,7 @@ def computes_bfloat16() -> bool:
 
     Releases of torch that do not tell are answered with False.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in _HARDWARE)
 
 

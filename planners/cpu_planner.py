@@ -20,27 +20,13 @@ class OneShotCPUPlanner(OneShotPlanner):
 
     Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
     of voxels; networks have 8 to 64 features, and 16 to 128 for more than 7 foreground labels. Registration runs on at
-    most 200,000 voxels. The students start with learning rate 0.003. Arguments as for `OneShotPlanner`, but the memory
-    target has no effect.
+    most 200,000 voxels. The students start with learning rate 0.003. The memory target has no effect.
     """
 
-    def __init__(
-        self,
-        dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = 8,
-        preprocessor_name: str = "DefaultPreprocessor",
-        plans_name: str = "nnUNetOneShotCPUPlans",
-        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
-        suppress_transpose: bool = False,
-    ) -> None:
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
+    default_plans_name = "nnUNetOneShotCPUPlans"
+
+    def __init__(self, dataset_name_or_id: str | int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dataset_name_or_id, *args, **kwargs)
         # The head of the full resolution separates all labels by the features of one voxel.
         self.UNet_base_num_features = 8 if len(self.dataset_json["labels"]) <= _FEW_CLASSES else 16
         self.UNet_max_features_2d = self.UNet_max_features_3d = 8 * self.UNet_base_num_features

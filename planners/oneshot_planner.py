@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed
@@ -19,15 +19,45 @@ from nnunet_oneshot.io import load_json_checked, save_json_atomic
 NETWORKS = 2
 
 
-class OneShotPlannerMixin:
+class OneShotPlannerMixin(ExperimentPlanner):
     """Turns one of nnU-Net's planners into one for one-shot training; to be listed before it among the bases.
 
     The planner reads the fingerprint in which no label but the atlases' is counted, divides its memory target among
     student and teacher, copes with cases without label, and adds the ``oneshot`` block to the plans.
+
+    Args:
+        dataset_name_or_id: Data set.
+        gpu_memory_target_in_gb: Memory that the whole training may take, in GB; None is the planner's default.
+        preprocessor_name: Stored in the plans.
+        plans_name: Name of the plans; None is the planner's default.
+        overwrite_target_spacing: Spacing (mm) of the full resolution, one number an axis, instead of the median.
+        suppress_transpose: Keep the order of the axes.
+
+    Attributes:
+        default_plans_name: Name of the plans.
+        default_memory_target: GB.
     """
 
-    def __init__(self, dataset_name_or_id: str | int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(dataset_name_or_id, *args, **kwargs)
+    default_plans_name: ClassVar[str]
+    default_memory_target: ClassVar[float]
+
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        gpu_memory_target_in_gb: float | None = None,
+        preprocessor_name: str = "DefaultPreprocessor",
+        plans_name: str | None = None,
+        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
+        suppress_transpose: bool = False,
+    ) -> None:
+        super().__init__(
+            dataset_name_or_id,
+            self.default_memory_target if gpu_memory_target_in_gb is None else gpu_memory_target_in_gb,
+            preprocessor_name,
+            plans_name or self.default_plans_name,
+            overwrite_target_spacing,
+            suppress_transpose,
+        )
         self.dataset_fingerprint = load_fingerprint(self.dataset_folder)
         self.UNet_vram_target_GB /= NETWORKS
 
@@ -107,31 +137,7 @@ class OneShotPlannerMixin:
 
 
 class OneShotPlanner(OneShotPlannerMixin, ExperimentPlanner):
-    """nnU-Net's default planner (plain U-Net) for one-shot training.
+    """nnU-Net's default planner (plain U-Net) for one-shot training; see `OneShotPlannerMixin` for its arguments."""
 
-    Args:
-        dataset_name_or_id: Data set.
-        gpu_memory_target_in_gb: Memory that the whole training may take, in GB.
-        preprocessor_name: Stored in the plans.
-        plans_name: Name of the plans.
-        overwrite_target_spacing: Spacing (mm) of the full resolution, one number an axis, instead of the median.
-        suppress_transpose: Keep the order of the axes.
-    """
-
-    def __init__(
-        self,
-        dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = 8,
-        preprocessor_name: str = "DefaultPreprocessor",
-        plans_name: str = "nnUNetOneShotPlans",
-        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
-        suppress_transpose: bool = False,
-    ) -> None:
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
+    default_plans_name = "nnUNetOneShotPlans"
+    default_memory_target = 8

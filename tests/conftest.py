@@ -125,3 +125,21 @@ def tiny_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         return dataset
 
     return make
+
+
+@pytest.fixture
+def prepared_dataset(tiny_dataset: Callable[..., TinyDataset]) -> Callable[..., TinyDataset]:
+    """A function that makes a tiny dataset and plans and preprocesses it through the command."""
+    import torch
+
+    from nnunet_oneshot.cli import main
+
+    torch.set_num_threads(1)
+
+    def make(*, configuration: str = "3d_fullres", **settings: object) -> TinyDataset:
+        dataset = tiny_dataset(**{"labelled": "all", "n_cases": 5, **settings})
+        plan = ["plan_and_preprocess", "-d", str(dataset.id), "-pl", "OneShotCPUPlanner", "-c", configuration]
+        assert main([*plan, "--no_pbar"]) == 0
+        return dataset
+
+    return make

@@ -57,7 +57,7 @@ def losses(folder):
 
 @pytest.mark.parametrize("compiled", ["f", pytest.param("t", marks=pytest.mark.slow)])
 def test_student_with_hint_rounds_and_real_patches_learns(compiled, dataset, train, monkeypatch):
-    from nnunet_oneshot.registration.cache import FOLDER
+    from nnunet_oneshot.registration.dataset.cache import FOLDER
     from nnunet_oneshot.trainers import OneShotDistillTrainer
 
     monkeypatch.setenv("nnUNet_compile", compiled)
@@ -115,8 +115,8 @@ def test_a_model_of_the_gpu_predicts_alike_on_the_processor(dataset, train, tmp_
 
 def test_registration_is_that_of_the_processor():
     from nnunet_oneshot.demo.phantoms import SPACING, make_phantom
-    from nnunet_oneshot.registration.pairs import register_arrays
-    from nnunet_oneshot.registration.warp import atlas_coordinates
+    from nnunet_oneshot.registration.pair.registrar import register_arrays
+    from nnunet_oneshot.registration.pair.warp import atlas_coordinates
 
     atlas, case = (make_phantom(np.random.default_rng(seed))[0][None].astype(np.float32) for seed in range(2))
     places = []
@@ -134,7 +134,7 @@ def test_registration_is_that_of_the_processor():
 
 
 def test_corrected_labels_are_those_of_the_processor():
-    from nnunet_oneshot.distillation.posterior import posterior_labels
+    from nnunet_oneshot.self_training.posterior import posterior_labels
 
     generator = torch.Generator().manual_seed(0)
     labels = torch.zeros(2, 1, 24, 28, 20, dtype=torch.long)

@@ -1,6 +1,6 @@
 """README and docs: links resolve, quoted commands and names exist, and every option and setting is listed."""
 
-import ast
+import importlib
 import importlib.util
 import re
 import shlex
@@ -40,10 +40,8 @@ def shell_lines(page):
 
 
 def exported(package):
-    """What a package lists in ``__all__``, read without importing it."""
-    tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
-    (value,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
-    return set(ast.literal_eval(value))
+    """What a package lists in ``__all__``."""
+    return set(importlib.import_module(f"nnunet_oneshot.{package}").__all__)
 
 
 def update_reference():

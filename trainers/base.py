@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from functools import partial
-from typing import ClassVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
@@ -15,10 +16,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_oneshot.checkpoints import loading_checkpoint, saving_checkpoint
 from nnunet_oneshot.config import OneShotConfig
-from nnunet_oneshot.data.labelled import labelled_cases
-from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
-from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import require_env, writing
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
@@ -27,6 +27,8 @@ from nnunet_oneshot.synthesis.data_loader import wrap_workers
 from nnunet_oneshot.synthesis.mirroring import decide_mirror_axes
 
 CUDA = torch.device("cuda")
+
+_Network = TypeVar("_Network", bound=torch.nn.Module)
 
 
 class OneShotTrainer(nnUNetTrainer):
@@ -37,6 +39,9 @@ class OneShotTrainer(nnUNetTrainer):
     """
 
     epochs: ClassVar[int] = 1000
+    # nnU-Net's, which sets them later than in its constructor.
+    network: torch.nn.Module
+    dataset_class: Any
 
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
@@ -62,7 +67,7 @@ class OneShotTrainer(nnUNetTrainer):
         raise NotImplementedError
 
     def initialize(self) -> None:
-        check_preprocessed(self.preprocessed_dataset_folder, self.configuration_name)
+        self.prepared.check()
         # With one scale nnU-Net's weights of deep supervision are 0 / 0, and the loss is not a number.
         if len(self.configuration_manager.pool_op_kernel_sizes) < 3:
             self.enable_deep_supervision = False
@@ -70,12 +75,12 @@ class OneShotTrainer(nnUNetTrainer):
         super().initialize()
         self.network = self.place(self.network)
 
-    def place(self, network: torch.nn.Module) -> torch.nn.Module:
+    def place(self, network: _Network) -> _Network:
         """A network on the device of training, in the memory format that is fastest there."""
         # Measured on a processor: a quarter to a third faster in 3D with few features, slower in 2D.
         is_3d = len(self.configuration_manager.patch_size) == 3
         if self.device.type == "cpu" and is_3d:
-            return network.to(self.device, memory_format=torch.channels_last_3d)
+            return network.to(self.device).to(memory_format=torch.channels_last_3d)
         return network.to(self.device)
 
     def _build_loss(self) -> torch.nn.Module:
@@ -92,27 +97,27 @@ class OneShotTrainer(nnUNetTrainer):
         with processor_autocast(self.device, self.config.precision):
             return super().validation_step(batch)
 
+    @cached_property
+    def prepared(self) -> PreparedDataset:
+        """The dataset that is trained on."""
+        plans = self.plans_manager.plans
+        return PreparedDataset(
+            Path(self.preprocessed_dataset_folder_base),
+            plans,
+            plans["plans_name"],
+            self.dataset_json,
+            self.configuration_name,
+        )
+
     def do_split(self) -> tuple[list[str], list[str]]:
-        cases, labelled = self._cases(), self._labelled_cases()
-        train, val = resolve_fold(self.preprocessed_dataset_folder_base, cases, labelled, self.fold)
-        return train, (val if self._scored_cases is None else self._scored_cases)
+        fold = self._fold()
+        return fold.train, (fold.validation if self._scored_cases is None else self._scored_cases)
 
     @property
     def roles(self) -> CaseRoles:
         """Atlases, unlabelled and progress cases of the fold, decided and logged when first asked for."""
         if self._roles is None:
-            train, val = self.do_split()
-            self._roles = resolve_roles(
-                plans=self.plans_manager.plans,
-                config=self.config,
-                preprocessed_dataset_folder_base=self.preprocessed_dataset_folder_base,
-                preprocessed_dataset_folder=self.preprocessed_dataset_folder,
-                train_keys=train,
-                val_keys=val,
-                labelled=self._labelled_cases(),
-                fold=self.fold,
-                log=self.print_to_log_file,
-            )
+            self._roles = resolve_roles(self.prepared, self.config, self._fold(), self.print_to_log_file)
         return self._roles
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
@@ -154,20 +159,20 @@ class OneShotTrainer(nnUNetTrainer):
         return tuple(wrap_workers(*arguments, pin) for arguments in zip(loaders, numbers, seeds, strict=True))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        _, val = self.do_split()
-        labelled = set(self._labelled_cases())
-        scored = [case for case in val if case in labelled]
-        if not scored:
-            reason = "none of its validation cases has a label" if val else "it has no validation case"
+        fold = self._fold()
+        if not fold.scored:
+            reason = "none of its validation cases has a label" if fold.validation else "it has no validation case"
             self.print_to_log_file(
                 f"Final validation: there is nothing to score for fold {self.fold}, since {reason}. The model is "
                 f"complete: predict images with nnUNetv2_predict and look at the results."
             )
             maybe_mkdir_p(join(self.output_folder, "validation"))
             return
-        if len(scored) < len(val):
-            self.print_to_log_file(f"Final validation: {len(scored)} of {len(val)} cases have a label and are scored.")
-        self._scored_cases = scored
+        if len(fold.scored) < len(fold.validation):
+            self.print_to_log_file(
+                f"Final validation: {len(fold.scored)} of {len(fold.validation)} cases have a label and are scored."
+            )
+        self._scored_cases = fold.scored
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
@@ -180,7 +185,8 @@ class OneShotTrainer(nnUNetTrainer):
         with saving_checkpoint(filename) as temporary:
             super().save_checkpoint(str(temporary))
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Reads a checkpoint's file; its content, which nnU-Net's own method takes too, is given by no command."""
         if not self.was_initialized:
             self.initialize()
         advice = "Delete it and resume with --c from the checkpoint before it, or train again without --c."
@@ -191,23 +197,19 @@ class OneShotTrainer(nnUNetTrainer):
             if "step" in state:
                 state["step"] = state["step"].cpu()
 
-    def _cases(self) -> list[str]:
-        check_preprocessed(self.preprocessed_dataset_folder, self.configuration_name)
+    def _fold(self) -> Fold:
+        self.prepared.check()
         if self.dataset_class is None:
             self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
-        return sorted(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
-
-    def _labelled_cases(self) -> list[str]:
-        return labelled_cases(self.preprocessed_dataset_folder_base, self.dataset_json, self._cases())
+        return self.prepared.fold(self.fold)
 
     def _load_images(self) -> tuple[list, list]:
         """Images of the atlases, and of enough unlabelled cases to see how scans of the dataset lie."""
-        read = partial(load_image, self.preprocessed_dataset_folder)
+        read = self.prepared.image
         return [read(case) for case in self.roles.atlases], [read(case) for case in self.roles.unlabelled[:64]]
 
     def _load_atlas_segs(self) -> list:
-        dataset = self.dataset_class(self.preprocessed_dataset_folder, list(self.roles.atlases))
-        return [dataset.load_case(case)[1][:] for case in dataset.identifiers]
+        return [self.prepared.segmentation(case) for case in self.roles.atlases]
 
 
 def _check_supported(plans: dict, configuration: str) -> None:

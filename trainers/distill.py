@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +14,16 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch._dynamo import OptimizedModule
 
 from nnunet_oneshot.checkpoints import saving_checkpoint
-from nnunet_oneshot.distillation.agreement import Agreement, pooled_dice
 from nnunet_oneshot.distillation.features import decoder_features
-from nnunet_oneshot.distillation.posterior import posterior_target
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, save_teacher, teacher_file
 from nnunet_oneshot.precision import autocast
-from nnunet_oneshot.registration.cache import FOLDER, RegistrationCache
-from nnunet_oneshot.registration.dataset import register_again
-from nnunet_oneshot.registration.student import StudentInTraining
+from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.seeding import derive_seed, seed_everything
+from nnunet_oneshot.self_training.agreement import Agreement, pooled_dice
+from nnunet_oneshot.self_training.averaging import average_of
+from nnunet_oneshot.self_training.guide import StudentInTraining
+from nnunet_oneshot.self_training.posterior import posterior_target
 from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader
 from nnunet_oneshot.trainers.base import CUDA
 from nnunet_oneshot.trainers.synthesis import OneShotSynthesisTrainer
@@ -40,14 +41,25 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
     segments the unlabelled images, and the atlas is registered to them again, guided by these segmentations; from then
     on the student also sees the real patches themselves, with the propagated labels corrected by their intensities.
     The checkpoints hold the student alone; teacher and average lie in a file beside each.
+
+    Attributes:
+        distiller: The teacher and what it is trained with, once `initialize` has been called.
+        teacher_optimizer: Of the distiller, likewise.
+        teacher_scheduler: Of its learning rate, likewise.
     """
+
+    distiller: Distiller
+    teacher_optimizer: torch.optim.Optimizer
+    teacher_scheduler: PolyLRScheduler
+    # nnU-Net's, which are exchanged here.
+    network: torch.nn.Module
+    dataloader_train: Any
+    dataloader_val: Any
 
     def __init__(
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.distiller: Distiller | None = None
-        self.teacher_optimizer = self.teacher_scheduler = None
         self._resumed_from: str | None = None
         self._prepared_round = 0
         self._settled = 1.0
@@ -65,7 +77,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         )
         if settings.rounds:
             # After the optimiser is made: the average is not trained.
-            self.distiller.follow(self._student())
+            self.distiller.follow(average_of(self._student(), settings.average_decay))
 
     @property
     def real_share(self) -> float:
@@ -91,16 +103,14 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self._log_agreement(agreement)
         student = StudentInTraining(
             self.distiller.averaged.module,
-            plans_manager=self.plans_manager,
-            configuration_manager=self.configuration_manager,
-            dataset_json=self.dataset_json,
+            self.prepared,
             mirror_axes=self.inference_allowed_mirroring_axes,
             device=self.device,
             precision=self.config.precision,
             trust=agreement.trust(),
         )
         folder = join(self.output_folder, FOLDER)
-        return register_again(registrations, student, folder, cases=self.roles.unlabelled, **self.registered)
+        return self.registrar.register_again(self.roles.unlabelled, first=registrations, guide=student, folder=folder)
 
     def on_train_start(self) -> None:
         if self._resumed_from is not None:
@@ -119,7 +129,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.teacher_scheduler.step(self.current_epoch)
 
     def train_step(self, batch: dict) -> dict:
-        data, real, weight = (batch[key].to(self.device, non_blocking=True) for key in ("data", "real", "weight"))
+        data, real = (batch[key].to(self.device, non_blocking=True) for key in ("data", "real"))
         target = batch["target"]
         if isinstance(target, list):
             target = [part.to(self.device, non_blocking=True) for part in target]
@@ -128,7 +138,8 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         target = self._corrected(target, real, batch["from_real"])
         self.optimizer.zero_grad(set_to_none=True)
         self.teacher_optimizer.zero_grad(set_to_none=True)
-        reconstruction, teacher_features = torch.zeros(()), []
+        reconstruction = torch.zeros(())
+        teacher_features: list[torch.Tensor] = []
         if self.distiller.teaches:
             with self._autocast():
                 reconstruction, teacher_features = self.distiller.reconstruct(real)
@@ -138,7 +149,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         with self._autocast():
             output, features = self._features(self._student(), data)
             segmentation = self.loss(output, target)
-            hint = self.distiller.hint(features, teacher_features, weight, hint_weight=self._hint_weight())
+            hint = self.distiller.hint(features, teacher_features, hint_weight=self._hint_weight())
         total = segmentation + hint
         if self.distiller.moves_teacher:
             total = total + reconstruction
@@ -171,7 +182,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             save_teacher(str(temporary), self.distiller, self.teacher_optimizer, self.current_epoch + 1)
             super().save_checkpoint(filename)
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         super().load_checkpoint(filename_or_checkpoint)
         # Validation needs no teacher: its file is read when training starts.
         self._resumed_from = filename_or_checkpoint
@@ -208,7 +219,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         seed_everything(derive_seed(self.config.seed, 3))
         wanted = _COMPARED_VOXELS // int(np.prod(self.configuration_manager.patch_size))
         number = int(np.clip(wanted, *_COMPARED_PATCHES))
-        counts = {"data": [], "real": []}
+        counts: dict[str, list[dict]] = {"data": [], "real": []}
         network, self.network = self.network, self.distiller.averaged.module.eval()
         try:
             with torch.no_grad():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 
 import torch
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.registration.cache import RegistrationCache
-from nnunet_oneshot.registration.dataset import register_dataset
-from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader, build_oneshot_loader
+from nnunet_oneshot.registration.dataset.cache import RegistrationCache
+from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
+from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader, PatchSettings, build_oneshot_loader
 from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
 
 
@@ -37,44 +38,29 @@ class WarpingTrainer(OneShotTrainer):
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         self.roles.require_unlabelled()
         self._check_guide()
-        registrations = register_dataset(
-            cases=sorted({*self.roles.unlabelled, *self.roles.progress}),
-            dataset_json=self.dataset_json,
-            fold=self.fold,
-            **self.registered,
-        )
-        patch_size = self.configuration_manager.patch_size
-        build = partial(
-            build_oneshot_loader,
-            dataset_folder=self.preprocessed_dataset_folder,
-            dataset_class=self.dataset_class,
-            atlases=self.roles.atlases,
+        registrations = self.registrar.register(sorted({*self.roles.unlabelled, *self.roles.progress}), fold=self.fold)
+        settings = PatchSettings(
             batch_size=self.batch_size,
-            patch_size=patch_size,
-            label_manager=self.label_manager,
-            config=self.config,
-            oversample_foreground_percent=self.oversample_foreground_percent,
-        )
-        progress = build(
-            cases=self.roles.progress,
-            registrations=registrations,
-            initial_patch_size=patch_size,
+            initial_patch_size=self.configuration_manager.patch_size,
+            patch_size=self.configuration_manager.patch_size,
             transforms=validation,
+            synthesis=self.config.synthesis,
             real_share=0.0,
             augment=False,
-            seed=seeds[1],
+            oversample_foreground_percent=self.oversample_foreground_percent,
         )
+        build = partial(build_oneshot_loader, self.prepared, atlases=self.roles.atlases)
+        progress = build(registrations, cases=self.roles.progress, settings=settings, seed=seeds[1])
         # First, because the share of real patches may depend on it.
         registrations = self.training_registrations(registrations, progress)
-        patches = build(
-            cases=self.roles.unlabelled,
-            registrations=registrations,
+        settings = replace(
+            settings,
             initial_patch_size=initial_patch_size,
             transforms=training,
             real_share=self.real_share,
             augment=True,
-            seed=seeds[0],
         )
+        patches = build(registrations, cases=self.roles.unlabelled, settings=settings, seed=seeds[0])
         return patches, progress
 
     def training_registrations(
@@ -89,17 +75,9 @@ class WarpingTrainer(OneShotTrainer):
         return registrations
 
     @property
-    def registered(self) -> dict:
-        """What is registered and how: arguments of the functions that register a dataset."""
-        return {
-            "plans": self.plans_manager.plans,
-            "configuration": self.configuration_name,
-            "atlases": self.roles.atlases,
-            "preprocessed_dataset_folder_base": self.preprocessed_dataset_folder_base,
-            "config": self.config,
-            "device": self.device,
-            "log": self.print_to_log_file,
-        }
+    def registrar(self) -> DatasetRegistrar:
+        """Registers the atlases of the fold."""
+        return DatasetRegistrar(self.prepared, self.config, self.roles.atlases, self.device, self.print_to_log_file)
 
     def _check_guide(self) -> None:
         """Refuses a guide that this training would overwrite."""

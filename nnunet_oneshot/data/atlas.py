@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.data.thumbnails import find_medoid, pool_volume
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, save_json_atomic
@@ -44,13 +45,7 @@ class AtlasChoice:
 
 
 def resolve_atlases(
-    preprocessed_dataset_folder_base: str,
-    config: OneShotConfig,
-    train_keys: Sequence[str],
-    val_keys: Sequence[str],
-    labelled: Sequence[str],
-    fold: int | str,
-    image_loader: Callable[[str], np.ndarray],
+    dataset_folder: str | Path, config: OneShotConfig, fold: Fold, image_loader: Callable[[str], np.ndarray]
 ) -> AtlasChoice:
     """The atlases of a fold: those the plans name, else those of ``oneshot_atlas.json``, else chosen without labels.
 
@@ -58,12 +53,9 @@ def resolve_atlases(
     chosen: the medoid of the training images (see `nnunet_oneshot.data.thumbnails`). The choice is written to the file.
 
     Args:
-        preprocessed_dataset_folder_base: ``nnUNet_preprocessed/DatasetXXX_Name``.
+        dataset_folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
         config: Its ``atlases``, where set, come first.
-        train_keys: Training cases of the fold.
-        val_keys: Its validation cases.
-        labelled: All labelled cases.
-        fold: Number of the fold, or ``"all"``.
+        fold: The fold's cases.
         image_loader: Gives a case's image, (C, X, Y, Z); called only when a choice among several is to be made.
 
     Raises:
@@ -71,61 +63,53 @@ def resolve_atlases(
     """
     if config.atlases is not None:
         where = 'named in the plans\' "oneshot" block'
-        return AtlasChoice(check_named(config.atlases, train_keys, val_keys, labelled, fold, where), where)
-    path = Path(preprocessed_dataset_folder_base) / ATLAS_FILE
+        return AtlasChoice(check_named(config.atlases, fold, where), where)
+    path = Path(dataset_folder) / ATLAS_FILE
     stored = _read(path) if path.is_file() else None
     if stored is None:
-        choice = _choose(train_keys, val_keys, labelled, image_loader)
+        choice = _choose(fold, image_loader)
         # Where every labelled case serves, the file names them all: each fold then leaves out its own validation cases.
-        partly = set(labelled) < {*train_keys, *val_keys}
-        names = sorted(labelled) if partly else choice.atlases
-        save_choice(preprocessed_dataset_folder_base, names, by_user=False, how=choice.how)
+        partly = set(fold.labelled) < {*fold.train, *fold.validation}
+        names = sorted(fold.labelled) if partly else choice.atlases
+        save_choice(dataset_folder, names, by_user=False, how=choice.how)
         return choice
-    entry = stored.get("folds", {}).get(str(fold), stored)
+    entry = stored.get("folds", {}).get(str(fold.number), stored)
     if _is_users(entry):
         where = f"named by the user in {path}"
-        return AtlasChoice(check_named(entry["atlases"], train_keys, val_keys, labelled, fold, where), where)
-    usable = [case for case in entry["atlases"] if case in set(train_keys) & set(labelled)]
+        return AtlasChoice(check_named(entry["atlases"], fold, where), where)
+    usable = [case for case in entry["atlases"] if case in set(fold.train) & set(fold.labelled)]
     if usable:
         return AtlasChoice(usable, f"{entry.get('how', 'chosen by the program')} (from {path})")
-    choice = _choose(train_keys, val_keys, labelled, image_loader)
-    how = f"{choice.how}; for fold {fold} only, whose training part lacks {', '.join(entry['atlases'])}"
-    stored.setdefault("folds", {})[str(fold)] = _entry(choice.atlases, by_user=False, how=how)
+    choice = _choose(fold, image_loader)
+    how = f"{choice.how}; for fold {fold.number} only, whose training part lacks {', '.join(entry['atlases'])}"
+    stored.setdefault("folds", {})[str(fold.number)] = _entry(choice.atlases, by_user=False, how=how)
     save_json_atomic(stored, path)
     return AtlasChoice(choice.atlases, how)
 
 
-def save_choice(preprocessed_dataset_folder_base: str, atlases: Sequence[str], *, by_user: bool, how: str) -> None:
+def save_choice(dataset_folder: str | Path, atlases: Sequence[str], *, by_user: bool, how: str) -> None:
     """Writes ``oneshot_atlas.json``."""
-    path = Path(preprocessed_dataset_folder_base) / ATLAS_FILE
-    save_json_atomic(_entry(atlases, by_user=by_user, how=how), path)
+    save_json_atomic(_entry(atlases, by_user=by_user, how=how), Path(dataset_folder) / ATLAS_FILE)
 
 
-def check_named(
-    named: Sequence[str],
-    train_keys: Sequence[str],
-    val_keys: Sequence[str],
-    labelled: Sequence[str],
-    fold: int | str,
-    where: str,
-) -> list[str]:
+def check_named(named: Sequence[str], fold: Fold, where: str) -> list[str]:
     """Checks atlases that the user named.
 
     Raises:
         OneShotError: One is unknown, unlabelled or in the fold's validation part.
     """
-    check_labelled(named, [*train_keys, *val_keys], labelled, where)
-    held_out = sorted(set(named) & set(val_keys))
+    check_labelled(named, [*fold.train, *fold.validation], fold.labelled, where)
+    held_out = sorted(set(named) & set(fold.validation))
     if held_out:
         raise OneShotError(
-            f"Atlas {', '.join(held_out)} ({where}) is in the validation part of fold {fold}, where it would be scored "
-            f"on its own label: train another fold, name another atlas or edit splits_final.json. Labelled training "
-            f"cases of this fold: {', '.join(sorted(set(labelled) & set(train_keys)))}."
+            f"Atlas {', '.join(held_out)} ({where}) is in the validation part of fold {fold.number}, where it would be "
+            f"scored on its own label: train another fold, name another atlas or edit splits_final.json. Labelled "
+            f"training cases of this fold: {', '.join(sorted(set(fold.labelled) & set(fold.train)))}."
         )
-    absent = sorted(set(named) - set(train_keys))
+    absent = sorted(set(named) - set(fold.train))
     if absent:
         raise OneShotError(
-            f"Atlas {', '.join(absent)} ({where}) is not among the training cases of fold {fold}: edit "
+            f"Atlas {', '.join(absent)} ({where}) is not among the training cases of fold {fold.number}: edit "
             f"splits_final.json or name another."
         )
     return list(dict.fromkeys(named))
@@ -141,15 +125,13 @@ def check_labelled(named: Sequence[str], cases: Sequence[str], labelled: Sequenc
             )
 
 
-def _choose(
-    train_keys: Sequence[str], val_keys: Sequence[str], labelled: Sequence[str], image_loader: Callable
-) -> AtlasChoice:
-    candidates = sorted(set(train_keys) & set(labelled))
+def _choose(fold: Fold, image_loader: Callable[[str], np.ndarray]) -> AtlasChoice:
+    candidates = sorted(set(fold.train) & set(fold.labelled))
     if not candidates:
-        raise OneShotError(f"The training part has no labelled case. Labelled: {', '.join(sorted(labelled))}.")
-    if {*train_keys, *val_keys} - set(labelled):
+        raise OneShotError(f"The training part has no labelled case. Labelled: {', '.join(sorted(fold.labelled))}.")
+    if {*fold.train, *fold.validation} - set(fold.labelled):
         return AtlasChoice(candidates, "every labelled training case")
-    best, correlation = find_medoid(candidates, {case: pool_volume(image_loader(case)) for case in train_keys})
+    best, correlation = find_medoid(candidates, {case: pool_volume(image_loader(case)) for case in fold.train})
     return AtlasChoice(
         [best],
         f"medoid of {len(candidates)} training images, no label seen: mean correlation {correlation:.3f} with the "

@@ -68,8 +68,8 @@ class ImageFolder(RawDataset):
 
 def _channels(names: list[str]) -> dict[str, list[str]]:
     """File names of each case's channels, or nothing where the names do not look like channels."""
-    matches = [_CHANNEL.fullmatch(name) for name in names]
-    if not all(matches):
+    matches = [match for name in names if (match := _CHANNEL.fullmatch(name))]
+    if len(matches) < len(names):
         return {}
     grouped: dict[str, list[str]] = {}
     for match in matches:

@@ -8,8 +8,9 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from nnunet_oneshot.config import BLOCK, OneShotConfig
 from nnunet_oneshot.data.atlas import AtlasChoice, resolve_atlases, save_choice
@@ -34,8 +35,29 @@ from nnunet_oneshot.io import atomic_path, load_json_checked, require_env, writi
 _DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
 
 
+class Planner(Protocol):
+    """What is asked of the classes of ``nnunet_oneshot.planners``.
+
+    Attributes:
+        default_plans_name: Name of the plans where the user gives none.
+        kept_block: Whether the existing plans' ``oneshot`` block was kept.
+    """
+
+    default_plans_name: ClassVar[str]
+    kept_block: bool
+
+    def __init__(self, dataset_name_or_id: str, **options: Any) -> None: ...
+
+    @property
+    def plans_file(self) -> Path:
+        """The plans that this planner writes."""
+
+    def plan_experiment(self) -> Any:
+        """Plans, and writes the plans."""
+
+
 def plan_and_preprocess(
-    dataset: int | str, planner_class: type, options: Options, *, log: Callable[[str], None] = print
+    dataset: int | str, planner_class: type[Planner], options: Options, *, log: Callable[[str], None] = print
 ) -> Path:
     """Checks a raw data set, extracts its fingerprint, plans and preprocesses.
 
@@ -57,7 +79,7 @@ def plan_and_preprocess(
     for note in check_files(raw):
         log(f"Note: {note}")
     folder = preprocessed / raw.name
-    plans_file = folder / f"{options.plans_name or _default_plans_name(planner_class)}.json"
+    plans_file = folder / f"{options.plans_name or planner_class.default_plans_name}.json"
     previous = load_json_checked(plans_file, "the plans file") if plans_file.is_file() else {}
     check_options(raw, options, previous)
     config = OneShotConfig.from_plans({BLOCK: previous.get(BLOCK, {}), "plans_name": plans_file.stem})
@@ -77,7 +99,7 @@ def plan_and_preprocess(
             save_fingerprint(fingerprint, folder)
             log(f"Fingerprint: geometry of {len(raw.cases)} images, intensities of {', '.join(choice.atlases)} only")
         if options.atlases is not None:
-            save_choice(str(folder), choice.atlases, by_user=True, how=choice.how)
+            save_choice(folder, choice.atlases, by_user=True, how=choice.how)
         plans = _plan(raw, planner_class, options, log)
         _copy_labels(raw, folder, log)
         if not options.no_preprocessing:
@@ -126,22 +148,15 @@ def _choose_atlases(
 ) -> AtlasChoice:
     """Atlases whose labels the fingerprint may use: the user's, or those of fold 0's training part."""
     _copy_splits(raw, folder)
-    train, val = resolve_fold(str(folder), raw.cases, raw.labelled, 0)
+    fold = resolve_fold(folder, raw.cases, raw.labelled, 0)
     if options.atlases is not None:
         choice = AtlasChoice(list(dict.fromkeys(options.atlases)), "named by --atlas")
         _report_folds(raw, folder, choice.atlases, log)
     else:
         # Which fold will be trained is not known yet: refusing an atlas that a fold holds out is left to its trainer.
-        named = config.atlases is not None
-        choice = resolve_atlases(
-            str(folder),
-            config,
-            raw.cases if named else train,
-            [] if named else val,
-            raw.labelled,
-            0,
-            lambda case: surveys.get()[case].thumbnail,
-        )
+        if config.atlases is not None:
+            fold = replace(fold, train=raw.cases, validation=[])
+        choice = resolve_atlases(folder, config, fold, lambda case: surveys.get()[case].thumbnail)
     log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
     return choice
 
@@ -192,13 +207,9 @@ def _label_warnings(folder: str, case: str) -> list[str]:
     return read_labelled_case(RawDataset(folder), case)[2]
 
 
-def _default_plans_name(planner_class: type) -> str:
-    import inspect
-
-    return inspect.signature(planner_class.__init__).parameters["plans_name"].default
-
-
-def _plan(raw: RawDataset, planner_class: type, options: Options, log: Callable[[str], None]) -> dict[str, Any]:
+def _plan(
+    raw: RawDataset, planner_class: type[Planner], options: Options, log: Callable[[str], None]
+) -> dict[str, Any]:
     """Runs the planner and tells its result in a line a configuration."""
     arguments: dict[str, Any] = {"overwrite_target_spacing": None}
     if options.target_spacing is not None:
@@ -256,7 +267,7 @@ def _copy_labels(raw: RawDataset, folder: Path, log: Callable[[str], None]) -> N
     """Makes ``gt_segmentations`` hold the labels that exist, and only those: it tells which cases are labelled."""
     target_folder = folder / "gt_segmentations"
     target_folder.mkdir(exist_ok=True)
-    expected = {f"{case}{raw.file_ending}": raw.label(case) for case in raw.labelled}
+    expected = {f"{case}{raw.file_ending}": label for case in raw.labelled if (label := raw.label(case))}
     for path in target_folder.iterdir():
         if path.name.endswith(raw.file_ending) and path.name not in expected:
             path.unlink()

@@ -1,31 +1,22 @@
-"""A planned and preprocessed dataset, opened by name: plans, cases, labels and image arrays."""
+"""A planned and preprocessed dataset: one value that holds plans, cases, labels and images, and is passed whole."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
-from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image
+from nnunet_oneshot.data.outline import restore_outline
+from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
+from nnunet_oneshot.data.raw import dataset_name
+from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env
-
-
-def dataset_name(dataset: str | int) -> str:
-    """The name ``DatasetXXX_Name`` of a dataset given by name or number.
-
-    Raises:
-        OneShotError: No dataset, or more than one, has this number.
-    """
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-    try:
-        return str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        raise OneShotError(f"Dataset {dataset!r} was not found. {error}") from error
 
 
 @dataclass(frozen=True)
@@ -33,15 +24,13 @@ class PreparedDataset:
     """One configuration of a preprocessed dataset.
 
     Attributes:
-        name: ``DatasetXXX_Name``.
-        base: Its folder in ``nnUNet_preprocessed``.
+        base: The dataset's folder, ``nnUNet_preprocessed/DatasetXXX_Name``.
         plans: Content of the plans file.
         plans_name: The plans' file is called after it.
         dataset_json: Content of ``dataset.json``.
         configuration: Such as ``3d_fullres``.
     """
 
-    name: str
     base: Path
     plans: dict[str, Any]
     plans_name: str
@@ -56,8 +45,7 @@ class PreparedDataset:
             OneShotError: The dataset, its plans, the configuration or its preprocessed cases do not exist.
         """
         (preprocessed,) = require_env("nnUNet_preprocessed")
-        name = dataset_name(dataset)
-        base = preprocessed / name
+        base = preprocessed / dataset_name(dataset, preprocessed)
         if not (base / f"{plans_name}.json").is_file():
             found = sorted(p.stem for p in base.glob("*Plans*.json"))
             raise OneShotError(
@@ -67,26 +55,42 @@ class PreparedDataset:
         plans = load_json_checked(base / f"{plans_name}.json", "the plans file")
         if configuration not in plans.get("configurations", {}):
             raise OneShotError(
-                f"Plans {plans_name!r} of {name} have no configuration {configuration!r}: they have "
+                f"Plans {plans_name!r} of {base.name} have no configuration {configuration!r}: they have "
                 f"{sorted(plans.get('configurations', {}))}. Correct -c."
             )
         dataset_json = load_json_checked(base / "dataset.json", "the dataset's description")
-        prepared = cls(name, base, plans, plans_name, dataset_json, configuration)
-        check_preprocessed(str(prepared.folder), configuration)
+        prepared = cls(base, plans, plans_name, dataset_json, configuration)
+        prepared.check()
         return prepared
+
+    def check(self) -> None:
+        """Makes sure that the configuration has been preprocessed.
+
+        Raises:
+            OneShotError: Its folder is missing or holds no case.
+        """
+        check_preprocessed(str(self.folder), self.configuration)
+
+    @property
+    def name(self) -> str:
+        """``DatasetXXX_Name``."""
+        return self.base.name
 
     @cached_property
     def plans_manager(self) -> Any:
+        """nnU-Net's manager of the plans."""
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
         return PlansManager(self.plans)
 
     @cached_property
     def configuration_manager(self) -> Any:
+        """nnU-Net's manager of the configuration."""
         return self.plans_manager.get_configuration(self.configuration)
 
     @cached_property
     def label_manager(self) -> Any:
+        """nnU-Net's manager of the labels."""
         return self.plans_manager.get_label_manager(self.dataset_json)
 
     @property
@@ -96,7 +100,13 @@ class PreparedDataset:
 
     @property
     def file_ending(self) -> str:
+        """Suffix of images and labels, such as ``.nii.gz``."""
         return self.dataset_json["file_ending"]
+
+    @property
+    def num_channels(self) -> int:
+        """Number of image channels."""
+        return len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
 
     @property
     def labels_folder(self) -> Path:
@@ -110,9 +120,23 @@ class PreparedDataset:
 
         return infer_dataset_class(str(self.folder))(str(self.folder))
 
+    @property
+    def identifiers(self) -> list[str]:
+        """Names of all preprocessed cases, sorted."""
+        return sorted(self.cases.identifiers)
+
+    @cached_property
+    def labelled(self) -> list[str]:
+        """The cases that have a file in ``gt_segmentations``, sorted. No label is opened."""
+        return [case for case in self.identifiers if (self.labels_folder / f"{case}{self.file_ending}").is_file()]
+
+    def fold(self, number: int | str) -> Fold:
+        """Cases of a fold; see `nnunet_oneshot.data.splits.resolve_fold`."""
+        return resolve_fold(self.base, self.identifiers, self.labelled, number)
+
     def image(self, case: str) -> np.ndarray:
-        """Preprocessed image (C, X, Y, Z) float32."""
-        return load_image(str(self.folder), case).astype(np.float32)
+        """Preprocessed image (C, X, Y, Z) float32, as a network of nnU-Net sees it."""
+        return np.asarray(load_image(str(self.folder), case), np.float32)
 
     def registration_image(self, case: str) -> np.ndarray:
         """Preprocessed image (C, X, Y, Z) float32 as it is registered; see `with_outline`."""
@@ -120,33 +144,37 @@ class PreparedDataset:
 
     def with_outline(self, image: np.ndarray) -> np.ndarray:
         """A preprocessed image (C, X, Y, Z) with the outline that masked normalisation hides."""
-        from nnunet_oneshot.registration.outline import restore_outline
-
         return restore_outline(image, self.configuration_manager.use_mask_for_norm)
 
     def segmentation(self, case: str) -> np.ndarray:
-        """Preprocessed label map (1, X, Y, Z) of a labelled case."""
-        return np.asarray(self.cases.load_case(case)[1][:])
+        """Preprocessed label map (1, X, Y, Z) int16 of a labelled case; in training and registration, of atlases."""
+        return np.asarray(load_segmentation(str(self.folder), case), np.int16)
 
     def properties(self, case: str) -> dict[str, Any]:
         """What nnU-Net's export needs to return to the original grid."""
-        return self.cases.load_case(case)[3]
+        return load_pickle(str(self.folder / f"{case}.pkl"))
 
-    def spacing(self, properties: dict[str, Any]) -> list[float]:
-        """Three voxel edges (mm, array axis order) of a preprocessed array, given its properties.
+    def spacing(self, case: str) -> tuple[float, ...]:
+        """Three voxel edges of a preprocessed image, mm, array axis order."""
+        return self.spacing_of({} if self._has_three_edges else self.properties(case))
 
-        A 2D configuration leaves the distance of the slices as it is in the file.
-        """
-        target = list(self.configuration_manager.spacing)
-        if len(target) == 3:
+    def spacing_of(self, properties: dict[str, Any]) -> tuple[float, ...]:
+        """The same from the properties of a case; a 2D configuration keeps the original distance of the slices."""
+        target = tuple(float(edge) for edge in self.configuration_manager.spacing)
+        if self._has_three_edges:
             return target
-        return [properties["spacing"][self.plans_manager.transpose_forward[0]], *target]
+        return (float(properties["spacing"][self.plans_manager.transpose_forward[0]]), *target)
 
-    @property
-    def identifiers(self) -> list[str]:
-        return sorted(self.cases.identifiers)
+    def digest(self, case: str) -> str:
+        """Checksum of the preprocessed image, its shape included."""
+        image = self.image(case)
+        return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
 
     def score_labels(self) -> dict[str, Any]:
         """Name to label value, or to the label values of a region, of everything that is scored."""
         wanted = self.dataset_json["labels"]
-        return {n: v for n, v in wanted.items() if n != "ignore" and not (np.isscalar(v) and int(v) == 0)}
+        return {n: v for n, v in wanted.items() if n != "ignore" and (isinstance(v, (list, tuple)) or int(v) != 0)}
+
+    @property
+    def _has_three_edges(self) -> bool:
+        return len(self.configuration_manager.spacing) == 3

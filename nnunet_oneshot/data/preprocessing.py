@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,23 +107,10 @@ def preprocess_configuration(
     """
     target = dataset_folder / PlansManager(plans).get_configuration(configuration).data_identifier
     with writing(dataset_folder), atomic_folder(target) as folder:
-        jobs = [
-            (
-                case,
-                raw.images(case),
-                raw.label(case),
-                case in atlases,
-                str(folder / case),
-                plans,
-                configuration,
-                raw.dataset_json,
-                verbose,
-            )
-            for case in raw.cases
-        ]
+        shared = _Target(str(folder), plans, configuration, raw.dataset_json, verbose)
         run_on_cases(
             _preprocess_case,
-            jobs,
+            [(shared, case, raw.images(case), raw.label(case), case in atlases) for case in raw.cases],
             num_processes=num_processes,
             description=f"Preprocessing for {configuration}",
             show_progress=show_progress,
@@ -130,20 +118,23 @@ def preprocess_configuration(
     return target
 
 
-def _preprocess_case(
-    case: str,
-    images: Sequence[str],
-    label: str | None,
-    is_atlas: bool,
-    output: str,
-    plans: dict[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
-    verbose: bool,
-) -> None:
-    plans_manager = PlansManager(plans)
+@dataclass(frozen=True)
+class _Target:
+    """What all cases are preprocessed for; ``verbose`` lets nnU-Net's preprocessor talk."""
+
+    folder: str
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+    verbose: bool
+
+
+def _preprocess_case(target: _Target, case: str, images: Sequence[str], label: str | None, is_atlas: bool) -> None:
+    configuration, dataset_json = target.configuration, target.dataset_json
+    output = str(Path(target.folder) / case)
+    plans_manager = PlansManager(target.plans)
     configuration_manager = plans_manager.get_configuration(configuration)
-    preprocessor = OneShotPreprocessor(verbose=verbose)
+    preprocessor = OneShotPreprocessor(verbose=target.verbose)
     try:
         with warnings.catch_warnings():
             if is_atlas:
@@ -183,10 +174,10 @@ def _usable_label(reader: BaseReaderWriter, path: str, shape: tuple[int, ...]) -
 def _no_locations(label_manager: LabelManager) -> dict[int | tuple[int, ...], list]:
     """Every class with no location: nnU-Net's data loader looks some up without asking whether they are there."""
     classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
-    locations = {tuple(c) if isinstance(c, (list, tuple)) else int(c): [] for c in classes}
+    names: list[int | tuple[int, ...]] = [tuple(c) if isinstance(c, (list, tuple)) else int(c) for c in classes]
     if label_manager.has_ignore_label:
-        locations[(-1, *(int(label) for label in label_manager.all_labels))] = []
-    return locations
+        names.append((-1, *(int(label) for label in label_manager.all_labels)))
+    return {name: [] for name in names}
 
 
 def _check_written(output: str) -> None:

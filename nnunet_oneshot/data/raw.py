@@ -190,7 +190,7 @@ def dataset_name(dataset: int | str, folder: Path) -> str:
         found = []
     if len(found) != 1:
         raise OneShotError(
-            f"{len(found) or 'No'} data sets match {text!r} in {folder}: expected one folder such as "
+            f"Dataset {text!r} was not found: {len(found) or 'no'} folders match it in {folder}, expected one such as "
             f"Dataset{int(text) if text.isdecimal() else 4:03d}_Name. Present: {', '.join(present) or 'none'}."
         )
     return found[0]

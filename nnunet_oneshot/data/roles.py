@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 
 from nnunet_oneshot.config import BLOCK, OneShotConfig
-from nnunet_oneshot.data.atlas import resolve_atlases
-from nnunet_oneshot.data.preprocessed import load_image
+from nnunet_oneshot.data.atlas import AtlasChoice, resolve_atlases
+from nnunet_oneshot.data.prepared import PreparedDataset
+from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
 
 
@@ -57,36 +56,24 @@ class CaseRoles:
             )
 
 
-def assign_roles(
-    *,
-    atlases: Sequence[str],
-    how: str,
-    train_keys: Sequence[str],
-    val_keys: Sequence[str],
-    unlabelled_fraction: float,
-    progress_cases: int,
-    seed: int,
-) -> CaseRoles:
+def assign_roles(choice: AtlasChoice, fold: Fold, config: OneShotConfig) -> CaseRoles:
     """Divides the cases of a fold.
 
     Args:
-        atlases: The atlases of the fold.
-        how: How they were chosen.
-        train_keys: Training cases, atlases included.
-        val_keys: Validation cases.
-        unlabelled_fraction: Share (0 to 1) of the unlabelled training cases that is used, at least one case.
-        progress_cases: Number of progress cases; at least one is used. They are the first validation cases or, where
-            there is none, the first unlabelled training cases.
-        seed: Seed of the choice of that share.
+        choice: The atlases of the fold.
+        fold: Its cases, atlases included.
+        config: ``unlabelled_fraction``, the share (0 to 1) of the unlabelled training cases that is used, at least one
+            case, drawn by ``seed``; and ``progress_cases``, the number of progress cases, at least one. They are the
+            first validation cases or, where there is none, the first unlabelled training cases.
     """
-    candidates = sorted(set(train_keys) - set(atlases))
-    number = max(1, round(unlabelled_fraction * len(candidates)))
-    unlabelled = sorted(np.random.RandomState(seed).permutation(candidates)[:number].tolist())
-    held_out = sorted(set(val_keys) - set(atlases))
-    progress = (held_out or unlabelled)[: max(1, progress_cases)]
+    candidates = sorted(set(fold.train) - set(choice.atlases))
+    number = max(1, round(config.unlabelled_fraction * len(candidates)))
+    unlabelled = sorted(np.random.RandomState(config.seed).permutation(candidates)[:number].tolist())
+    held_out = sorted(set(fold.validation) - set(choice.atlases))
+    progress = (held_out or unlabelled)[: max(1, config.progress_cases)]
     return CaseRoles(
-        atlases=tuple(atlases),
-        how=how,
+        atlases=tuple(choice.atlases),
+        how=choice.how,
         unlabelled=tuple(unlabelled),
         progress=tuple(progress),
         held_out=bool(held_out),
@@ -94,49 +81,23 @@ def assign_roles(
 
 
 def resolve_roles(
-    *,
-    plans: dict[str, Any],
-    config: OneShotConfig,
-    preprocessed_dataset_folder_base: str,
-    preprocessed_dataset_folder: str,
-    train_keys: Sequence[str],
-    val_keys: Sequence[str],
-    labelled: Sequence[str],
-    fold: int | str,
-    log: Callable[[str], None],
+    prepared: PreparedDataset, config: OneShotConfig, fold: Fold, log: Callable[[str], None]
 ) -> CaseRoles:
     """Finds the atlases of a fold, divides its cases and says so in the log.
 
     Args:
-        plans: Content of the plans file.
+        prepared: The dataset.
         config: Settings in force.
-        preprocessed_dataset_folder_base: ``nnUNet_preprocessed/DatasetXXX_Name``.
-        preprocessed_dataset_folder: The configuration's folder in it.
-        train_keys: Training cases.
-        val_keys: Validation cases.
-        labelled: Labelled cases.
-        fold: The fold's number, or ``"all"``.
+        fold: The fold's cases.
         log: Takes one sentence at a time.
 
     Raises:
         OneShotError: See `nnunet_oneshot.data.atlas.resolve_atlases`.
     """
-    image_loader = partial(load_image, preprocessed_dataset_folder)
-    choice = resolve_atlases(
-        preprocessed_dataset_folder_base, config, train_keys, val_keys, labelled, fold, image_loader
-    )
-    roles = assign_roles(
-        atlases=choice.atlases,
-        how=choice.how,
-        train_keys=train_keys,
-        val_keys=val_keys,
-        unlabelled_fraction=config.unlabelled_fraction,
-        progress_cases=config.progress_cases,
-        seed=config.seed,
-    )
+    roles = assign_roles(resolve_atlases(prepared.base, config, fold, prepared.image), fold, config)
     for sentence in roles.sentences():
         log(sentence)
-    if BLOCK not in plans and len(labelled) > len(roles.atlases):
+    if BLOCK not in prepared.plans and len(fold.labelled) > len(roles.atlases):
         log(
             f'These plans have no "{BLOCK}" block: stock nnU-Net made them, and their intensity statistics come from '
             f"the labels of all cases. For plans that see no label but the atlas's, run `nnunet_oneshot "

@@ -8,6 +8,7 @@ it to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +22,75 @@ _FOLDS = 5
 _SEED = 12345  # nnU-Net's
 
 
+@dataclass(frozen=True)
+class Fold:
+    """The cases of one fold.
+
+    Attributes:
+        number: Its number, or ``"all"``.
+        train: Training cases.
+        validation: Validation cases.
+        labelled: All labelled cases of the dataset, sorted.
+    """
+
+    number: int | str
+    train: list[str]
+    validation: list[str]
+    labelled: list[str]
+
+    @property
+    def scored(self) -> list[str]:
+        """The validation cases that have a label to be scored against."""
+        return [case for case in self.validation if case in self.labelled]
+
+
+def fold_number(text: int | str) -> int | str:
+    """A fold as nnU-Net has it, from what a user typed.
+
+    Raises:
+        OneShotError: It is neither a number nor ``"all"``.
+    """
+    if text != "all" and not str(text).isdecimal():
+        raise OneShotError(f"Fold {text!r} is neither a number nor 'all': give folds such as -f 0 1.")
+    return "all" if text == "all" else int(text)
+
+
 def resolve_fold(
-    preprocessed_dataset_folder_base: str, identifiers: Sequence[str], labelled: Sequence[str], fold: int | str
-) -> tuple[list[str], list[str]]:
+    dataset_folder: str | Path, identifiers: Sequence[str], labelled: Sequence[str], number: int | str
+) -> Fold:
     """Training and validation cases of a fold; writes ``splits_final.json`` where it is missing.
 
     Args:
-        preprocessed_dataset_folder_base: ``nnUNet_preprocessed/DatasetXXX_Name``.
+        dataset_folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
         identifiers: All preprocessed cases.
         labelled: Those of them that are labelled.
-        fold: A fold's number or ``"all"`` (everything is training, nothing validation). A number beyond the file gets
+        number: A fold's number or ``"all"`` (everything is training, nothing validation). A number beyond the file gets
             nnU-Net's seeded 80:20 split, in which a labelled and a further case stay in the training part.
-
-    Returns:
-        ``(train_keys, val_keys)``.
 
     Raises:
         OneShotError: There is no label or only one case, or ``splits_final.json`` does not fit the data set.
     """
+    folder, number = Path(dataset_folder), fold_number(number)
     cases, labelled = sorted(identifiers), sorted(set(labelled) & set(identifiers))
     if len(cases) < 2:
-        raise OneShotError(
-            f"{Path(preprocessed_dataset_folder_base).name} has {len(cases)} case(s): at least 2 are needed."
-        )
+        raise OneShotError(f"{folder.name} has {len(cases)} case(s): at least 2 are needed.")
     if not labelled:
         raise OneShotError(
-            f"{Path(preprocessed_dataset_folder_base).name} has no labelled case: "
-            f"{Path(preprocessed_dataset_folder_base) / 'gt_segmentations'} holds no label of one of its {len(cases)} "
-            f"cases. Label at least one and run `nnunet_oneshot plan_and_preprocess` again."
+            f"{folder.name} has no labelled case: {folder / 'gt_segmentations'} holds no label of one of its "
+            f"{len(cases)} cases. Label at least one and run `nnunet_oneshot plan_and_preprocess` again."
         )
-    if fold == "all":
-        return cases, []
-    path = Path(preprocessed_dataset_folder_base) / SPLITS_FILE
+    if number == "all":
+        return Fold(number, cases, [], labelled)
+    path = folder / SPLITS_FILE
     if not path.is_file():
         save_json_atomic(create_splits(cases, labelled), path)
     splits = _read_splits(path)
-    if int(fold) < len(splits):
-        train, val = splits[int(fold)]["train"], splits[int(fold)]["val"]
-        _check_fold(path, int(fold), train, val, cases, labelled)
-        return list(train), list(val)
-    return _random_fold(cases, labelled, int(fold))
+    if int(number) < len(splits):
+        train, val = splits[int(number)]["train"], splits[int(number)]["val"]
+        _check_fold(path, int(number), train, val, cases, labelled)
+    else:
+        train, val = _random_fold(cases, labelled, int(number))
+    return Fold(number, list(train), list(val), labelled)
 
 
 def create_splits(cases: Sequence[str], labelled: Sequence[str]) -> list[dict[str, list[str]]]:

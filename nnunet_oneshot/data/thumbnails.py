@@ -23,9 +23,9 @@ def pool_volume(volume: np.ndarray) -> np.ndarray:
     """
     import torch
 
-    shape = [1 if size == 1 else _EDGE for size in volume.shape[1:]]
+    x, y, z = (1 if size == 1 else _EDGE for size in volume.shape[1:])
     tensor = torch.as_tensor(np.ascontiguousarray(volume, dtype=np.float32))[None]
-    return torch.nn.functional.adaptive_avg_pool3d(tensor, shape)[0].numpy()
+    return torch.nn.functional.adaptive_avg_pool3d(tensor, (x, y, z))[0].numpy()
 
 
 def correlations(volumes: Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:

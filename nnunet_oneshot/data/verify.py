@@ -79,7 +79,8 @@ def read_image(case: str, files: list[str], reader_class: type, channel_names: l
         OneShotError: A file is unreadable or incomplete, channels disagree or are not as many as declared, or values
             are not finite.
     """
-    parts, properties = [], []
+    parts: list[np.ndarray] = []
+    properties: list[dict[str, Any]] = []
     warnings: list[str] = []
     for path in files:
         data, found = _read(case, path, reader_class)
@@ -153,7 +154,9 @@ def check_nifti(path: str) -> None:
         return
     import nibabel
 
-    stored = nibabel.load(path).dataobj.get_unscaled()
+    # Any: what nibabel declares to return is any file's content, which need not have an array.
+    image: Any = nibabel.load(path)
+    stored = image.dataobj.get_unscaled()
     if stored.dtype.kind == "f" and (count := int(np.count_nonzero(~np.isfinite(stored)))):
         raise NotFiniteError(f"{count} voxels are NaN or infinite")
 

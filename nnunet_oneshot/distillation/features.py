@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.unet import as_unet
 
 _DECODER_PARTS = ("transpconvs", "stages", "seg_layers", "deep_supervision")
 
@@ -30,8 +31,9 @@ def decoder_features(
         OneShotError: The network has no encoder and decoder of this kind.
     """
     _check_is_unet(network)
-    decoder = network.decoder
-    skips = network.encoder(x)
+    unet = as_unet(network)
+    decoder = unet.decoder
+    skips = unet.encoder(x)
     features, outputs = [], []
     below = skips[-1]
     for stage in range(len(decoder.stages)):
@@ -47,7 +49,8 @@ def decoder_features(
 def feature_channels(network: nn.Module) -> list[int]:
     """Number of channels of each level of `decoder_features`, full resolution first."""
     _check_is_unet(network)
-    return list(network.encoder.output_channels[: len(network.decoder.stages)])
+    unet = as_unet(network)
+    return list(unet.encoder.output_channels[: len(unet.decoder.stages)])
 
 
 def _check_is_unet(network: nn.Module) -> None:

@@ -11,19 +11,16 @@ _EPS = 1e-8
 _SQUARED_EPS = 1e-12
 
 
-def global_cosine_hint(
-    student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor | None = None
-) -> torch.Tensor:
+def global_cosine_hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     r"""One minus one cosine for each sample, the hint of arXiv 2408.03616.
 
-    .. math:: \frac{1}{B} \sum_b w_b \left(1 - \cos(S_b, T_b)\right), \quad S_b, T_b \in R^{C \cdot \prod spatial}
+    .. math:: \frac{1}{B} \sum_b \left(1 - \cos(S_b, T_b)\right), \quad S_b, T_b \in R^{C \cdot \prod spatial}
 
     Computed in float32. Gradients flow to both; detach the features that are to be taken as given.
 
     Args:
         student: Features ``(B, C, *spatial)``.
         teacher: Features of the same shape.
-        weight: Weight of each sample ``(B,)``, not normalised; default 1.
 
     Returns:
         A scalar from 0 (same direction) to 2 (opposite).
@@ -34,13 +31,13 @@ def global_cosine_hint(
     _check_same_shape(student, teacher)
     student, teacher = student.float(), teacher.float()
     cosine = F.cosine_similarity(student.flatten(1), teacher.flatten(1), dim=1, eps=_EPS)
-    return _weighted_mean(1 - cosine, weight)
+    return (1 - cosine).mean()
 
 
-def voxel_cosine_hint(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+def voxel_cosine_hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     r"""One minus the cosine over the channels at every place, averaged over places.
 
-    .. math:: \frac{1}{B} \sum_b w_b \frac{1}{|\Omega|} \sum_{p \in \Omega} \left(1 - \cos(S_b(p), T_b(p))\right)
+    .. math:: \frac{1}{B} \sum_b \frac{1}{|\Omega|} \sum_{p \in \Omega} \left(1 - \cos(S_b(p), T_b(p))\right)
 
     Every place counts alike, whatever the size of its features; in `global_cosine_hint` few large ones decide.
     Computed in float32. Gradients flow to both; detach the features that are to be taken as given.
@@ -48,7 +45,6 @@ def voxel_cosine_hint(student: torch.Tensor, teacher: torch.Tensor, weight: torc
     Args:
         student: Features ``(B, C, *spatial)``.
         teacher: Features of the same shape.
-        weight: Weight of each sample ``(B,)``, not normalised; default 1.
 
     Returns:
         A scalar from 0 (same direction everywhere) to 2 (opposite everywhere).
@@ -61,7 +57,7 @@ def voxel_cosine_hint(student: torch.Tensor, teacher: torch.Tensor, weight: torc
     # Two to four times faster on a processor than F.cosine_similarity, which normalises every voxel's features first.
     own, other = ((x * x).sum(1).clamp_min(_SQUARED_EPS) for x in (student, teacher))
     cosine = (student * teacher).sum(1) * (own * other).rsqrt()
-    return _weighted_mean((1 - cosine).flatten(1).mean(1), weight)
+    return (1 - cosine).flatten(1).mean(1).mean()
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -111,15 +107,6 @@ def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
     scaled = x.view_as(x)
     scaled.register_hook(lambda gradient: gradient * factor)
     return scaled
-
-
-def _weighted_mean(per_sample: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Mean of ``(B,)`` losses, each multiplied by its weight."""
-    if weight is None:
-        return per_sample.mean()
-    if weight.shape != per_sample.shape:
-        raise ValueError(f"Expected one weight for each of {len(per_sample)} samples, got {tuple(weight.shape)}.")
-    return (per_sample * weight.to(per_sample)).mean()
 
 
 def _check_same_shape(first: torch.Tensor, second: torch.Tensor) -> None:

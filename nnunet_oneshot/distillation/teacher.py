@@ -10,17 +10,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunet_oneshot.config import DistillationConfig
-from nnunet_oneshot.distillation.averaging import average_of
 from nnunet_oneshot.distillation.features import decoder_features, feature_channels
-from nnunet_oneshot.distillation.functional import (
-    global_cosine_hint,
-    mask_patches,
-    reconstruction_loss,
-    scale_gradient,
-    voxel_cosine_hint,
-)
-
-_HINTS = {"voxel": voxel_cosine_hint, "voxel_raw": voxel_cosine_hint, "global": global_cosine_hint}
+from nnunet_oneshot.distillation.functional import mask_patches, reconstruction_loss, scale_gradient
+from nnunet_oneshot.distillation.hints import HINTS
 
 
 def build_teacher(configuration_manager: ConfigurationManager, num_channels: int) -> nn.Module:
@@ -84,17 +76,17 @@ class Distiller(nn.Module):
         channels = feature_channels(teacher)[: config.levels]
         conv_op = teacher.encoder.conv_op
         self.projections = nn.ModuleList(
-            FeatureProjection(conv_op, number) if config.hint == "voxel" else nn.Identity() for number in channels
+            FeatureProjection(conv_op, number) if HINTS[config.hint].projects else nn.Identity() for number in channels
         )
 
-    def follow(self, student: nn.Module) -> None:
-        """Starts the average of a student's weights, which is kept and saved with the teacher."""
-        self.averaged = average_of(student, self.config.average_decay)
+    def follow(self, averaged: nn.Module) -> None:
+        """Keeps the average of a student's weights, which is saved with the teacher."""
+        self.averaged = averaged
 
     @property
     def teaches(self) -> bool:
         """Whether the student hears of the teacher; otherwise there is no need to train one."""
-        return self.config.hint != "none"
+        return HINTS[self.config.hint].teaches
 
     @property
     def moves_teacher(self) -> bool:
@@ -130,7 +122,6 @@ class Distiller(nn.Module):
         self,
         student: Sequence[torch.Tensor],
         teacher: Sequence[torch.Tensor],
-        weight: torch.Tensor | None = None,
         *,
         hint_weight: float,
     ) -> torch.Tensor:
@@ -142,7 +133,6 @@ class Distiller(nn.Module):
         Args:
             student: The student's features on synthetic patches, full resolution first.
             teacher: The teacher's on the real patches aligned with them.
-            weight: Trust in each sample's alignment ``(B,)``.
             hint_weight: Weight of the hint for the networks that it moves (the paper's lambda_hint).
 
         Returns:
@@ -154,5 +144,5 @@ class Distiller(nn.Module):
         for projection, own, other in zip(self.projections, student, teacher, strict=False):
             own = own.detach() if self.config.detach == "student" else scale_gradient(own, hint_weight)
             other = scale_gradient(other, hint_weight) if self.moves_teacher else other.detach()
-            total = total + _HINTS[self.config.hint](projection(own), other, weight)
+            total = total + HINTS[self.config.hint].loss(projection(own), other)
         return total

@@ -11,26 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_oneshot.config import BLOCK, OneShotConfig, environment_overrides
+from nnunet_oneshot.config import BLOCK, OneShotConfig, environment_overrides, merge_settings
 from nnunet_oneshot.data.atlas import check_labelled, resolve_atlases
-from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.prepared import PreparedDataset
-from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.methods import (
     CEILING,
-    METHODS,
     Method,
-    merge_settings,
+    default_methods,
     parse_method,
     parse_settings,
     trainer_name,
 )
+from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS
 from nnunet_oneshot.evaluation.report import write_benchmark_report
 from nnunet_oneshot.evaluation.runs import (
     Run,
@@ -42,9 +42,29 @@ from nnunet_oneshot.evaluation.runs import (
     load_record,
     lock_file,
 )
-from nnunet_oneshot.evaluation.syn import require_ants
 
 SETTINGS = "benchmark.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        methods: The methods.
+        atlases: Labelled cases, each of them an atlas of its own runs; None is the program's choice for each fold.
+        folds: Folds whose validation cases are scored.
+        seeds: Seeds of every training.
+        epochs: Of 250 iterations, of every training; None is nnU-Net's 1000.
+        overrides: Settings of the ``oneshot`` block for all methods.
+    """
+
+    methods: Sequence[Method]
+    atlases: Sequence[str] | None
+    folds: Sequence[str]
+    seeds: Sequence[int]
+    epochs: int | None
+    overrides: dict[str, Any]
 
 
 def run_benchmark(
@@ -89,42 +109,25 @@ def run_benchmark(
     overrides = merge_settings(environment_overrides(), parse_settings(settings))
     config = _checked_config(prepared, overrides)
     usable_device(device)
-    labelled = labelled_cases(str(prepared.base), prepared.dataset_json, prepared.identifiers)
-    chosen = _methods(methods, prepared, labelled, log)
+    chosen = _methods(methods, prepared, log)
     for method in chosen:
         _checked_config(prepared, merge_settings(overrides, method.overrides))
         if method.trainer:
             trainer_name(method, epochs)
     out = Path(out).absolute()
     _claim(out, prepared, epochs=epochs, overrides=overrides)
-    runs, cases = _plan_runs(
-        prepared, config, chosen, atlases, folds, seeds or [config.seed], epochs, overrides, labelled, log
-    )
+    comparison = Comparison(chosen, atlases, folds, seeds or [config.seed], epochs, overrides)
+    runs = _plan_runs(prepared, config, comparison, log)
     failures = []
     for number, run in enumerate(runs, start=1):
-        heading = f"[{number}/{len(runs)}] {run.description}"
-        with claimed(out, run) as free:
-            if not free:
-                log(
-                    f"{heading}: left to another benchmark in this folder, which holds {lock_file(out, run)} (if there "
-                    f"is none, remove that file and give the command again)"
-                )
-                continue
-            record = load_record(out, run)
-            if record is not None:
-                log(f"{heading}: finished before, {_mean_dice(record):.4f} mean Dice")
-                continue
-            log(heading)
-            discard_unfinished(out, run)
-            start = time.monotonic()
-            try:
-                record = execute_run(run, prepared=prepared, out=out, cases=cases[run.fold], device=device, log=log)
-            except OneShotError as error:
-                log(f"  failed: {error}")
-                failures.append(run.description)
-                continue
-            log(f"  {_mean_dice(record):.4f} mean Dice, {time.monotonic() - start:.0f} s")
-        write_benchmark_report(out, prepared, finished_records(out), figures=False)
+        try:
+            is_new = _run(f"[{number}/{len(runs)}] {run.description}", run, prepared, out, device, log)
+        except OneShotError as error:
+            log(f"  failed: {error}")
+            failures.append(run.description)
+            continue
+        if is_new:
+            write_benchmark_report(out, prepared, finished_records(out), figures=False)
     records = finished_records(out)
     if records:
         write_benchmark_report(out, prepared, records)
@@ -137,20 +140,39 @@ def run_benchmark(
     return records
 
 
-def _methods(
-    names: Sequence[str] | None, prepared: PreparedDataset, labelled: Sequence[str], log: Callable[[str], None]
-) -> list[Method]:
+def _run(heading: str, run: Run, prepared: PreparedDataset, out: Path, device: str, log: Callable[[str], None]) -> bool:
+    """Executes a run that is neither finished nor being executed by another process; says whether it did."""
+    with claimed(out, run) as free:
+        if not free:
+            log(
+                f"{heading}: left to another benchmark in this folder, which holds {lock_file(out, run)} (if there "
+                f"is none, remove that file and give the command again)"
+            )
+            return False
+        record = load_record(out, run)
+        if record is not None:
+            log(f"{heading}: finished before, {_mean_dice(record):.4f} mean Dice")
+            return False
+        log(heading)
+        discard_unfinished(out, run)
+        start = time.monotonic()
+        record = execute_run(run, prepared=prepared, out=out, device=device, log=log)
+        log(f"  {_mean_dice(record):.4f} mean Dice, {time.monotonic() - start:.0f} s")
+        return True
+
+
+def _methods(names: Sequence[str] | None, prepared: PreparedDataset, log: Callable[[str], None]) -> list[Method]:
     """The methods asked for, or all that can run; those that cannot are an error when asked for."""
     chosen = []
-    for name in dict.fromkeys(names or METHODS):
+    for name in dict.fromkeys(names or default_methods()):
         method = parse_method(name)
         try:
-            if method.base == "syn":
-                require_ants()
-            if method.base == CEILING and set(labelled) != set(prepared.identifiers):
+            if method.propagation in REGISTRATION_METHODS:
+                REGISTRATION_METHODS[method.propagation].require()
+            if method.base == CEILING and set(prepared.labelled) != set(prepared.identifiers):
                 raise OneShotError(
-                    f"Method {CEILING} needs the labels of all cases, and {prepared.name} has {len(labelled)} of "
-                    f"{len(prepared.identifiers)}: leave it out of --methods."
+                    f"Method {CEILING} needs the labels of all cases, and {prepared.name} has "
+                    f"{len(prepared.labelled)} of {len(prepared.identifiers)}: leave it out of --methods."
                 )
         except OneShotError as error:
             if names:
@@ -162,53 +184,53 @@ def _methods(
 
 
 def _plan_runs(
-    prepared: PreparedDataset,
-    config: OneShotConfig,
-    methods: Sequence[Method],
-    atlases: Sequence[str] | None,
-    folds: Sequence[str],
-    seeds: Sequence[int],
-    epochs: int | None,
-    overrides: dict[str, Any],
-    labelled: Sequence[str],
-    log: Callable[[str], None],
-) -> tuple[list[Run], dict[str, list[str]]]:
-    """Every run in the order of execution, and the cases scored in each fold."""
-    base = str(prepared.base)
-    if atlases:
-        check_labelled(atlases, prepared.identifiers, labelled, "given with --atlas")
-    runs: list[Run] = []
-    cases: dict[str, list[str]] = {}
-    for fold in folds:
-        train, validation = resolve_fold(base, prepared.identifiers, labelled, int(fold))
-        cases[fold] = [case for case in validation if case in labelled]
-        if not cases[fold]:
+    prepared: PreparedDataset, config: OneShotConfig, comparison: Comparison, log: Callable[[str], None]
+) -> list[Run]:
+    """Every run in the order of execution."""
+    if comparison.atlases:
+        check_labelled(comparison.atlases, prepared.identifiers, prepared.labelled, "given with --atlas")
+    runs: dict[Path, Run] = {}
+    for name in comparison.folds:
+        fold = prepared.fold(name)
+        if not fold.scored:
             raise OneShotError(
-                f"Fold {fold} of {prepared.name} has no labelled validation case, so there is nothing to compare: "
+                f"Fold {name} of {prepared.name} has no labelled validation case, so there is nothing to compare: "
                 f"choose other folds with --fold, or add labels."
             )
-        if atlases:
-            choices = [(atlas,) for atlas in dict.fromkeys(atlases) if atlas in train]
-            for atlas in sorted(set(atlases) - set(train)):
-                log(f"Atlas {atlas} is a validation case of fold {fold}: left out of that fold.")
-        else:
-            choice = resolve_atlases(base, config, train, validation, labelled, int(fold), prepared.image)
-            log(f"Atlas of fold {fold}: {', '.join(choice.atlases)} ({choice.how})")
-            choices = [tuple(choice.atlases)]
-        for seed in seeds:
+        choices = list(_atlas_choices(prepared, config, comparison.atlases, fold, log))
+        for seed in comparison.seeds:
             for choice in choices:
-                for method in methods:
+                for method in comparison.methods:
                     run = Run(
                         method=method,
                         atlases=choice if method.uses_atlas else None,
-                        fold=fold,
+                        fold=name,
                         seed=seed if method.trainer else None,
-                        epochs=epochs,
-                        overrides=merge_settings(overrides, method.overrides),
+                        epochs=comparison.epochs,
+                        overrides=merge_settings(comparison.overrides, method.overrides),
                     )
-                    if all(run.folder != other.folder for other in runs):
-                        runs.append(run)
-    return runs, cases
+                    runs.setdefault(run.folder, run)
+    return list(runs.values())
+
+
+def _atlas_choices(
+    prepared: PreparedDataset,
+    config: OneShotConfig,
+    atlases: Sequence[str] | None,
+    fold: Fold,
+    log: Callable[[str], None],
+) -> Iterator[tuple[str, ...]]:
+    """The atlases of each run of a fold."""
+    if not atlases:
+        choice = resolve_atlases(prepared.base, config, fold, prepared.image)
+        log(f"Atlas of fold {fold.number}: {', '.join(choice.atlases)} ({choice.how})")
+        yield tuple(choice.atlases)
+        return
+    for atlas in sorted(set(atlases) - set(fold.train)):
+        log(f"Atlas {atlas} is a validation case of fold {fold.number}: left out of that fold.")
+    for atlas in dict.fromkeys(atlases):
+        if atlas in fold.train:
+            yield (atlas,)
 
 
 def _claim(out: Path, prepared: PreparedDataset, *, epochs: int | None, overrides: dict[str, Any]) -> None:

@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_oneshot.config import OneShotConfig
-from nnunet_oneshot.data.labelled import labelled_cases
+from nnunet_oneshot.config import OneShotConfig, merge_settings
+from nnunet_oneshot.data.atlas import AtlasChoice
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.data.roles import assign_roles
-from nnunet_oneshot.data.splits import resolve_fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.figures import Example, bar_figure, box_plot_per_label, example_figure, line_figure
-from nnunet_oneshot.evaluation.methods import CEILING, METHODS, merge_settings, parse_method
+from nnunet_oneshot.evaluation.methods import CEILING, parse_method
 from nnunet_oneshot.evaluation.statistics import Interval, is_number
 from nnunet_oneshot.io import require_env
 
@@ -69,7 +68,6 @@ def _dice_by_unlabelled_cases(
     prepared: PreparedDataset, records: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[float, list[float]]]:
     """Method to number of unlabelled cases to the mean Dice of its runs; methods run with one number are left out."""
-    labelled = labelled_cases(str(prepared.base), prepared.dataset_json, prepared.identifiers)
     series: dict[str, dict[float, list[float]]] = {}
     for record in records:
         method = parse_method(record["method"])
@@ -79,16 +77,8 @@ def _dice_by_unlabelled_cases(
             continue
         block = merge_settings(prepared.plans.get("oneshot", {}), record["overrides"])
         config = OneShotConfig.from_plans({**prepared.plans, "oneshot": block})
-        train, validation = resolve_fold(str(prepared.base), prepared.identifiers, labelled, int(record["fold"]))
-        roles = assign_roles(
-            atlases=config.atlases,
-            how="",
-            train_keys=train,
-            val_keys=validation,
-            unlabelled_fraction=config.unlabelled_fraction,
-            progress_cases=1,
-            seed=config.seed,
-        )
+        choice = AtlasChoice(list(config.atlases or ()), "")
+        roles = assign_roles(choice, prepared.fold(record["fold"]), config)
         series.setdefault(method.base, {}).setdefault(len(roles.unlabelled), []).append(float(np.mean(scored)))
     return {method: points for method, points in series.items() if len(points) > 1}
 
@@ -110,9 +100,9 @@ def _write_examples(folder: Path, out: Path, prepared: PreparedDataset, records:
         fits = record["fold"] == same["fold"] and record["atlas"] in (leading["atlas"], None)
         if fits and record["method"] in (*_SHOWN, leading["method"]):
             shown.setdefault(record["method"], record)
-    shown = dict(sorted(shown.items(), key=lambda item: METHODS.index(parse_method(item[0]).base)))
+    shown = dict(sorted(shown.items(), key=lambda item: parse_method(item[0]).place))
     means = _case_means(leading)
-    ranked = sorted(means, key=means.get, reverse=True)
+    ranked = sorted(means, key=lambda case: means[case], reverse=True)
     if not ranked:
         return
     chosen = dict.fromkeys([("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])])

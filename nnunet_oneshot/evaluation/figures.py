@@ -81,7 +81,7 @@ def draw_contours(axis: Axes, segmentation: np.ndarray, labels: Mapping[int, str
     axis.set_ylim(segmentation.shape[0] - 0.5, -0.5)
 
 
-def label_colour(number: int) -> tuple[float, ...]:
+def label_colour(number: int) -> tuple[float, float, float, float]:
     """The colour of the label with this place in the list of labels."""
     return plt.get_cmap("tab10" if number < 10 else "tab20")(number % 20)
 

@@ -1,7 +1,8 @@
-"""The methods a benchmark compares, and variants of them with other settings.
+"""The methods a benchmark compares, each one registered entry, and variants of them with other settings.
 
-A variant is written ``METHOD:key=value,key.sub=value``, such as ``distill:distillation.hint=none``: the method run with
-these settings of the plans' ``oneshot`` block.
+A variant runs a method with other settings of the plans' ``oneshot`` block. It is written ``METHOD:ABLATION``, with an
+entry of `nnunet_oneshot.evaluation.ablations`, or ``METHOD:key=value,key.sub=value``, such as
+``distill:distillation.hint=none``. Both can be mixed, separated by commas.
 """
 
 from __future__ import annotations
@@ -12,7 +13,67 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nnunet_oneshot.config import merge_settings
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation.ablations import ABLATIONS
+from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS
+from nnunet_oneshot.registry import Registry
+from nnunet_oneshot.schedules import DEFAULT_EPOCHS, SHORTER, variant
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An entry of `BASELINES`: a training, or label propagation.
+
+    Attributes:
+        meaning: What it does.
+        trainer: The trainer's name without its length, or None for label propagation.
+        propagation: The method of ``nnunet_oneshot propagate``, or None for a training.
+        uses_atlas: Whether it depends on the atlas.
+        compared: Whether it is run where no methods are named.
+        lengths: Epochs in which the trainer comes.
+    """
+
+    meaning: str
+    trainer: str | None = None
+    propagation: str | None = None
+    uses_atlas: bool = True
+    compared: bool = True
+    lengths: Sequence[int] = (*SHORTER, DEFAULT_EPOCHS)
+
+
+FLOOR, CEILING = "nnunet-atlas", "nnunet-full"
+BASELINES: Registry[Baseline] = Registry("method")
+
+
+def _propagated(name: str, meaning: str, *, compared: bool = True) -> None:
+    BASELINES.add(name, Baseline(meaning, propagation=name, compared=compared))
+
+
+_propagated("affine", "Label propagation by the affine stage of our registration.")
+_propagated("registration", "Label propagation by our registration.")
+_propagated("corrected", "The same, labels corrected by each image's intensities.")
+for _name, _peer in REGISTRATION_METHODS.items():
+    if not _peer.own:
+        _propagated(_name, f"Label propagation by a peer. {_peer.meaning}", compared=_peer.compared)
+BASELINES.add(FLOOR, Baseline("nnU-Net on the atlas alone.", trainer="OneShotAtlasTrainer"))
+BASELINES.add(
+    "propagation",
+    Baseline(
+        "A network on real images with the labels that registration carries.", trainer="OneShotPropagationTrainer"
+    ),
+)
+BASELINES.add("synthesis", Baseline("A network on warped atlases alone.", trainer="OneShotSynthesisTrainer"))
+BASELINES.add("distill", Baseline("The full method.", trainer="OneShotDistillTrainer"))
+BASELINES.add(
+    CEILING,
+    Baseline(
+        "Stock nnU-Net on all labels of the training cases.",
+        trainer="nnUNetTrainer",
+        uses_atlas=False,
+        lengths=(1, 5, 10, 20, 50, 100, 250, 500, 750, 1000, 2000, 4000, 8000),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +82,7 @@ class Method:
 
     Attributes:
         name: As the user wrote it; the name in every table.
-        base: One of `METHODS`.
+        base: A name of `BASELINES`.
         overrides: Settings of the ``oneshot`` block that differ from the plans.
     """
 
@@ -31,17 +92,23 @@ class Method:
 
     @property
     def trainer(self) -> str | None:
-        """The trainer's name without its length, or None for label propagation."""
-        return _TRAINERS.get(self.base)
+        """See `Baseline`."""
+        return BASELINES[self.base].trainer
 
     @property
     def propagation(self) -> str | None:
-        """The method of ``nnunet_oneshot propagate``, or None for a training."""
-        return self.base if self.base in _PROPAGATED else None
+        """See `Baseline`."""
+        return BASELINES[self.base].propagation
 
     @property
     def uses_atlas(self) -> bool:
-        return self.base != CEILING
+        """See `Baseline`."""
+        return BASELINES[self.base].uses_atlas
+
+    @property
+    def place(self) -> int:
+        """Its place among the methods, in the order of `BASELINES`."""
+        return list(BASELINES).index(self.base)
 
     @property
     def folder(self) -> str:
@@ -49,34 +116,30 @@ class Method:
         return re.sub(r"[^A-Za-z0-9_.=-]+", "_", self.name)
 
 
-FLOOR, CEILING = "nnunet-atlas", "nnunet-full"
-_PROPAGATED = ("affine", "registration", "corrected", "syn")
-_TRAINERS = {
-    FLOOR: "OneShotAtlasTrainer",
-    "propagation": "OneShotPropagationTrainer",
-    "synthesis": "OneShotSynthesisTrainer",
-    "distill": "OneShotDistillTrainer",
-    CEILING: "nnUNetTrainer",
-}
-METHODS = (*_PROPAGATED, *_TRAINERS)
-_STOCK_LENGTHS = (1, 5, 10, 20, 50, 100, 250, 500, 750, 1000, 2000, 4000, 8000)
+def default_methods() -> list[str]:
+    """The methods that are compared where none are named."""
+    return [name for name, baseline in BASELINES.items() if baseline.compared]
 
 
 def parse_method(text: str) -> Method:
-    """Reads ``METHOD`` or ``METHOD:key=value,...``.
+    """Reads ``METHOD``, ``METHOD:ABLATION`` or ``METHOD:key=value,...``.
 
     Raises:
-        OneShotError: The method is not known or a setting has no value.
+        OneShotError: The method or ablation is not known, or a setting has no value.
     """
-    base, _, settings = text.partition(":")
-    if base not in METHODS:
-        raise OneShotError(f"Method {base!r} is not known: choose among {', '.join(METHODS)}.")
-    return Method(text, base, parse_settings(_split_settings(settings)))
+    base, _, variants = text.partition(":")
+    if base not in BASELINES:
+        raise OneShotError(f"Method {base!r} is not known: choose among {', '.join(BASELINES)}.")
+    overrides: dict[str, Any] = {}
+    for part in _split_settings(variants):
+        settings = parse_settings([part]) if "=" in part else ABLATIONS[part].settings
+        overrides = merge_settings(overrides, settings)
+    return Method(text, base, overrides)
 
 
 def _split_settings(settings: str) -> list[str]:
-    """Splits at the commas before a ``key=``, so that values may hold commas."""
-    return [part for part in re.split(r",(?=[A-Za-z_][\w.]*=)", settings) if part]
+    """Splits at the commas before a ``key=`` or a name, so that values may hold commas."""
+    return [part for part in re.split(r",(?=[A-Za-z_][\w.]*=|[a-z][a-z-]*(?:,|$))", settings) if part]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -102,15 +165,6 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """``first`` with ``second`` laid over it, nested objects merged."""
-    merged = dict(first)
-    for key, value in second.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge_settings(merged[key], value) if nested else value
-    return merged
-
-
 def trainer_name(method: Method, epochs: int | None) -> str:
     """The class ``nnUNetv2_train`` is given: the method's trainer in the variant of this length.
 
@@ -122,13 +176,7 @@ def trainer_name(method: Method, epochs: int | None) -> str:
         OneShotError: There is no variant of this length.
     """
     stem = str(method.trainer)
-    if method.base == CEILING:
-        lengths = {n: f"{stem}_{_length(n)}" for n in _STOCK_LENGTHS} | {1000: stem}
-    else:
-        import nnunet_oneshot.trainers as trainers
-
-        found = {re.fullmatch(rf"{stem}_(\d+)epochs?", name) for name in trainers.__all__}
-        lengths = {int(match[1]): match[0] for match in found if match} | {1000: stem}
+    lengths = BASELINES[method.base].lengths
     if epochs is None:
         return stem
     if epochs not in lengths:
@@ -136,8 +184,4 @@ def trainer_name(method: Method, epochs: int | None) -> str:
             f"{stem} has no variant of {epochs} epochs: give --epochs one of {sorted(lengths)}, or leave method "
             f"{method.name} out."
         )
-    return lengths[epochs]
-
-
-def _length(epochs: int) -> str:
-    return "1epoch" if epochs == 1 else f"{epochs}epochs"
+    return variant(stem, epochs)

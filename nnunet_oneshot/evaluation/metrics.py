@@ -66,17 +66,17 @@ def score_label(
             f"prediction {prediction.shape}, reference {reference.shape} and spacing {tuple(spacing)} must agree in "
             f"shape and number of axes."
         )
-    spacing = [float(s) for s in spacing]
+    edges = [float(s) for s in spacing]
     while reference.ndim > 2 and reference.shape[0] == 1:
-        prediction, reference, spacing = prediction[0], reference[0], spacing[1:]
-    diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(reference.shape, spacing, strict=True)))
+        prediction, reference, edges = prediction[0], reference[0], edges[1:]
+    diagonal = math.sqrt(sum((n * s) ** 2 for n, s in zip(reference.shape, edges, strict=True)))
     found, present = bool(prediction.any()), bool(reference.any())
     if not found and not present:
         return LabelScores(math.nan, math.nan, math.nan)
     if found != present:
         return LabelScores(0.0, diagonal, 0.0)
     prediction, reference = _cropped(prediction, reference)
-    return LabelScores(dice(prediction, reference), *_surface_scores(prediction, reference, spacing, tolerance))
+    return LabelScores(dice(prediction, reference), *_surface_scores(prediction, reference, edges, tolerance))
 
 
 def score_segmentation(
@@ -101,9 +101,9 @@ def score_segmentation(
     counted = np.ones(reference.shape, dtype=bool) if ignore_label is None else reference != ignore_label
     scores = {}
     for name, values in labels.items():
-        values = np.atleast_1d(values)
-        masks = [np.isin(segmentation, values) & counted for segmentation in (prediction, reference)]
-        scores[name] = score_label(*masks, spacing=spacing, tolerance=tolerance)
+        members = np.atleast_1d(values)
+        found, present = (np.isin(segmentation, members) & counted for segmentation in (prediction, reference))
+        scores[name] = score_label(found, present, spacing=spacing, tolerance=tolerance)
     return scores
 
 
@@ -114,21 +114,23 @@ def _surface_scores(
     import torch
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
-    pair = [torch.from_numpy(np.ascontiguousarray(m))[None, None].float() for m in (prediction, reference)]
-    options = {"include_background": True, "spacing": spacing}
+    found, present = (torch.from_numpy(np.ascontiguousarray(m))[None, None].float() for m in (prediction, reference))
     with warnings.catch_warnings():
         # MONAI warns about arguments it passes to itself.
         warnings.simplefilter("ignore", FutureWarning)
-        hd95 = compute_hausdorff_distance(*pair, percentile=95, **options)
-        nsd = compute_surface_dice(*pair, class_thresholds=[tolerance], **options)
+        hd95 = compute_hausdorff_distance(found, present, percentile=95, include_background=True, spacing=spacing)
+        nsd = compute_surface_dice(
+            found, present, class_thresholds=[tolerance], include_background=True, spacing=spacing
+        )
     return float(hd95), float(nsd)
 
 
 def _cropped(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both masks within their common bounding box, with one voxel of background on every side."""
     either = prediction | reference
-    box = []
+    sides = []
     for axis in range(either.ndim):
         places = np.flatnonzero(either.any(axis=tuple(a for a in range(either.ndim) if a != axis)))
-        box.append(slice(places[0], places[-1] + 1))
-    return tuple(np.pad(mask[tuple(box)], 1) for mask in (prediction, reference))
+        sides.append(slice(places[0], places[-1] + 1))
+    box = tuple(sides)
+    return np.pad(prediction[box], 1), np.pad(reference[box], 1)

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,28 @@ import torch
 
 from nnunet_oneshot.config import OneShotConfig, with_guide
 from nnunet_oneshot.data.atlas import resolve_atlases
-from nnunet_oneshot.data.labelled import labelled_cases
 from nnunet_oneshot.data.prepared import PreparedDataset
-from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.devices import usable_device
-from nnunet_oneshot.distillation.posterior import posterior_labels
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS, MethodOptions
 from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
-from nnunet_oneshot.registration.cache import RegistrationCache
-from nnunet_oneshot.registration.dataset import register_dataset
-from nnunet_oneshot.registration.pairs import register_arrays
-from nnunet_oneshot.registration.student import Student, guided_by
-from nnunet_oneshot.registration.warp import warp_label_probabilities
+from nnunet_oneshot.registration.dataset.cache import RegistrationCache
+from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
+from nnunet_oneshot.registration.pair.registrar import register_arrays
+from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
+from nnunet_oneshot.registration.pair.warp import sample_label_probabilities, warp_label_probabilities
+from nnunet_oneshot.self_training.guide import SegmentingGuide, guided_by
+from nnunet_oneshot.self_training.posterior import posterior_labels
 
-METHODS = ("registration", "corrected", "affine", "syn")
+# Our registration, the same with labels corrected by each image's intensities, and its affine stage alone.
+OWN_METHODS = ("registration", "corrected", "affine")
 GUIDED_METHODS = ("registration", "corrected")
+
+
+def propagation_methods() -> list[str]:
+    """The methods that `propagate` knows: our own, and the registered peers."""
+    return [*OWN_METHODS, *(name for name, method in REGISTRATION_METHODS.items() if not method.own)]
 
 
 def propagate(
@@ -57,8 +64,9 @@ def propagate(
             cases are labelled, of nnU-Net's ``summary.json``.
         fold: Whose atlases are warped and, without ``images``, to whose validation cases.
         images: Folder of images in nnU-Net's naming.
-        method: ``"registration"`` (ours), ``"corrected"`` (ours, and the labels then corrected by the image's
-            intensities as in training), ``"affine"`` (the first stage) or ``"syn"`` (ANTs).
+        method: One of `propagation_methods`: ``"registration"`` (ours), ``"corrected"`` (ours, and the labels then
+            corrected by the image's intensities as in training), ``"affine"`` (the first stage) or a peer such as
+            ``"syn"`` (ANTs).
         guide: Folder of a trained model whose segmentations guide the registration; None is what the plans say.
         device: Where the registration runs.
         log: Receives each line that is shown.
@@ -70,57 +78,24 @@ def propagate(
         OneShotError: Something does not exist, or there is nothing to propagate to.
     """
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
+    if method not in propagation_methods():
+        raise OneShotError(f"Method {method!r} is not known: choose one of {propagation_methods()}.")
     if guide is not None and method not in GUIDED_METHODS:
         raise OneShotError(f"Method {method!r} takes no guide: give --guide with one of {list(GUIDED_METHODS)}.")
     config = with_guide(OneShotConfig.from_plans(prepared.plans), guide)
     place = usable_device(device)
-    base, identifiers = str(prepared.base), prepared.identifiers
-    labelled = labelled_cases(base, prepared.dataset_json, identifiers)
-    fold_or_all = fold if fold == "all" else int(fold)
-    train, validation = resolve_fold(base, identifiers, labelled, fold_or_all)
-    choice = resolve_atlases(base, config, train, validation, labelled, fold_or_all, prepared.image)
+    own = prepared.fold(fold)
+    choice = resolve_atlases(prepared.base, config, own, prepared.image)
     log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
     out = Path(out).absolute()
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    cached = None
+    registrar = DatasetRegistrar(prepared, config, choice.atlases, place, log)
     if images is None:
-        if not validation:
-            raise OneShotError(
-                f"Fold {fold} of {prepared.name} has no validation cases to propagate to: choose another fold with -f, "
-                f"or give images with -i."
-            )
-        if method in GUIDED_METHODS:
-            cached = register_dataset(
-                plans=prepared.plans,
-                dataset_json=prepared.dataset_json,
-                configuration=configuration,
-                atlases=choice.atlases,
-                cases=validation,
-                preprocessed_dataset_folder_base=base,
-                config=config,
-                device=place,
-                fold=fold_or_all,
-                log=log,
-            )
-        cases = [(case, prepared.image(case), prepared.properties(case)) for case in validation]
+        propagator, cases = _to_validation_cases(registrar, method, own)
     else:
-        cases = _preprocessed_images(prepared, Path(images))
-    student = None
-    if cached is None and method in GUIDED_METHODS:
-        student = guided_by(
-            config.registration.guide,
-            fold=fold_or_all,
-            plans=prepared.plans,
-            dataset_json=prepared.dataset_json,
-            configuration=configuration,
-            device=place,
-            method="refine",
-        )
-        if student is not None:
-            log(student.describe())
-    propagator = _Propagator(prepared, config, choice.atlases, method, place, cached, student)
+        propagator, cases = _to_images(registrar, method, own, Path(images))
     names = []
     for case, image, properties in cases:
         propagator.write(case, image, properties, out)
@@ -136,62 +111,91 @@ def propagate(
     }
     save_json_atomic(report, out / "propagation.json")
     if images is None:
-        scored = [case for case in validation if case in labelled]
-        if scored:
-            mean = score_folder(prepared, out, scored)["foreground_mean"]["Dice"]
-            log(f"Mean Dice over {len(scored)} validation cases: {mean:.4f} ({out / 'summary.json'})")
-        else:
-            log("No validation case has a label: there is nothing to score.")
+        _score(prepared, own, out, log)
     return report
+
+
+# Case, preprocessed image (C, X, Y, Z) and what nnU-Net's export needs to return to the original grid.
+_Preprocessed = tuple[str, np.ndarray, dict[str, Any]]
+
+
+def _to_validation_cases(
+    registrar: DatasetRegistrar, method: str, fold: Fold
+) -> tuple[_Propagator, Iterator[_Preprocessed]]:
+    """Propagation to the validation cases of a fold, whose registrations are cached."""
+    prepared = registrar.prepared
+    if not fold.validation:
+        raise OneShotError(
+            f"Fold {fold.number} of {prepared.name} has no validation cases to propagate to: choose another fold with "
+            f"-f, or give images with -i."
+        )
+    cached = registrar.register(fold.validation, fold=fold.number) if method in GUIDED_METHODS else None
+    cases = ((case, prepared.image(case), prepared.properties(case)) for case in fold.validation)
+    return _Propagator(registrar, method, registrations=cached), cases
+
+
+def _to_images(
+    registrar: DatasetRegistrar, method: str, fold: Fold, folder: Path
+) -> tuple[_Propagator, Iterator[_Preprocessed]]:
+    """Propagation to new images, which are registered pair by pair."""
+    cases = _preprocessed_images(registrar.prepared, folder)
+    student = None
+    if method in GUIDED_METHODS:
+        settings = dataclasses.replace(registrar.config.registration, method="refine")
+        student = guided_by(settings, registrar.prepared, fold=fold.number, device=registrar.device)
+        if student is not None:
+            registrar.log(student.describe())
+    return _Propagator(registrar, method, student=student), cases
+
+
+def _score(prepared: PreparedDataset, fold: Fold, out: Path, log: Callable[[str], None]) -> None:
+    if not fold.scored:
+        log("No validation case has a label: there is nothing to score.")
+        return
+    mean = score_folder(prepared, out, fold.scored)["foreground_mean"]["Dice"]
+    log(f"Mean Dice over {len(fold.scored)} validation cases: {mean:.4f} ({out / 'summary.json'})")
 
 
 class _Propagator:
     """Warps the labels of some atlases to one case after another.
 
     Args:
-        prepared: The atlases' dataset.
-        config: Settings of the registration.
-        atlases: Labelled cases.
-        method: One of `METHODS`.
-        device: Where the registration runs.
+        registrar: The atlases' dataset, settings, atlases and device.
+        method: One of `propagation_methods`.
         registrations: Registrations to the cases, or None: each case is registered when it comes, pair by pair.
         student: Guides what is registered pair by pair.
     """
 
     def __init__(
         self,
-        prepared: PreparedDataset,
-        config: OneShotConfig,
-        atlases: Sequence[str],
+        registrar: DatasetRegistrar,
         method: str,
-        device: torch.device,
-        registrations: RegistrationCache | None,
-        student: Student | None = None,
+        *,
+        registrations: RegistrationCache | None = None,
+        student: SegmentingGuide | None = None,
     ) -> None:
-        if method not in METHODS:
-            raise OneShotError(f"Method {method!r} is not known: choose one of {list(METHODS)}.")
-        registration = dataclasses.replace(config.registration, method="refine")
+        settings = dataclasses.replace(registrar.config.registration, method="refine")
         if method == "affine":
             # No iteration of the deformable stage leaves the affine map.
-            registration = dataclasses.replace(registration, refine_iterations=(0,))
-        self.registration = registration
-        self.prepared, self.config, self.method, self.device = prepared, config, method, device
-        self.registrations, self.student = registrations, student
-        self.labels = [int(label) for label in prepared.label_manager.all_labels]
+            settings = dataclasses.replace(settings, refine_iterations=(0,))
+        self.settings = settings
+        self.prepared, self.config, self.device = registrar.prepared, registrar.config, registrar.device
+        self.method, self.registrations, self.student = method, registrations, student
+        self.labels = [int(label) for label in self.prepared.label_manager.all_labels]
         self.atlases = {
             atlas: (
-                prepared.registration_image(atlas),
-                prepared.segmentation(atlas),
-                prepared.spacing(prepared.properties(atlas)),
+                self.prepared.registration_image(atlas),
+                self.prepared.segmentation(atlas),
+                self.prepared.spacing(atlas),
             )
-            for atlas in atlases
+            for atlas in registrar.atlases
         }
 
     def write(self, case: str, image: np.ndarray, properties: dict[str, Any], out: Path) -> None:
         """Writes the segmentation of one preprocessed image (C, X, Y, Z) in its original grid."""
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
-        spacing = self.prepared.spacing(properties)
+        spacing = self.prepared.spacing_of(properties)
         probabilities = np.mean([self._probabilities(atlas, case, image, spacing) for atlas in self.atlases], axis=0)
         if self.method == "corrected":
             probabilities = self._corrected(probabilities, image)
@@ -220,29 +224,24 @@ class _Propagator:
 
     def _probabilities(self, atlas: str, case: str, image: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
         """Warped label masks (labels, X, Y, Z) of one atlas on a preprocessed image (C, X, Y, Z)."""
-        preprocessed, image = image, self.prepared.with_outline(image)
         atlas_image, atlas_segmentation, atlas_spacing = self.atlases[atlas]
-        if self.method == "syn":
-            from nnunet_oneshot.evaluation.syn import syn_label_probabilities
-
-            return syn_label_probabilities(
-                atlas_image=atlas_image,
-                atlas_segmentation=atlas_segmentation,
-                image=image,
-                labels=self.labels,
-                atlas_spacing=atlas_spacing,
-                spacing=spacing,
-                seed=self.config.seed,
-            )
-        registration = self.registrations.load(atlas, case) if self.registrations else None
-        if registration is None:
+        outlined = self.prepared.with_outline(image)
+        if self.method not in OWN_METHODS:
+            metric = SIMILARITIES[self.settings.similarity].affine_metric
+            options = MethodOptions(self.settings, metric, self.config.seed, device=str(self.device))
+            register = REGISTRATION_METHODS[self.method].register
+            found = register((outlined, spacing), (atlas_image, atlas_spacing), None, options)
+            return sample_label_probabilities(atlas_segmentation, torch.from_numpy(found.places()), self.labels)
+        if self.registrations is not None:
+            registration = self.registrations.load(atlas, case)
+        else:
             registration = register_arrays(
                 atlas_image,
-                image,
+                outlined,
                 atlas_spacing=atlas_spacing,
                 case_spacing=spacing,
-                guide=self._guide(atlas_segmentation, preprocessed),
-                config=self.registration,
+                guide=self._guide(atlas_segmentation, image),
+                config=self.settings,
                 device=self.device,
             )
         return warp_label_probabilities(registration, atlas_segmentation, self.labels)
@@ -301,7 +300,7 @@ def score_folder(prepared: PreparedDataset, folder: Path, cases: Sequence[str]) 
     return summary
 
 
-def _preprocessed_images(prepared: PreparedDataset, folder: Path):
+def _preprocessed_images(prepared: PreparedDataset, folder: Path) -> Iterator[_Preprocessed]:
     """Yields case, preprocessed image (C, X, Y, Z) and properties of every image of a folder."""
     from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
@@ -313,12 +312,13 @@ def _preprocessed_images(prepared: PreparedDataset, folder: Path):
             f"{folder} holds no images named CASE_0000{prepared.file_ending}: give -i a folder of images in nnU-Net's "
             f"naming."
         )
-    channels = len(prepared.dataset_json.get("channel_names") or prepared.dataset_json["modality"])
     preprocessor = prepared.configuration_manager.preprocessor_class(verbose=False)
     for names in files:
         case = Path(names[0]).name.removesuffix(f"_0000{prepared.file_ending}")
-        if len(names) != channels:
-            raise OneShotError(f"{case} in {folder} has {len(names)} channel files: {prepared.name} has {channels}.")
+        if len(names) != prepared.num_channels:
+            raise OneShotError(
+                f"{case} in {folder} has {len(names)} channel files: {prepared.name} has {prepared.num_channels}."
+            )
         image, _, properties = preprocessor.run_case(
             names, None, prepared.plans_manager, prepared.configuration_manager, prepared.dataset_json
         )

@@ -14,11 +14,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nnunet_oneshot.config import OVERRIDES_VARIABLE
+from nnunet_oneshot.config import OVERRIDES_VARIABLE, merge_settings
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.commands import CommandResult, command_environment, run_command
-from nnunet_oneshot.evaluation.methods import METHODS, Method, merge_settings, parse_method, trainer_name
+from nnunet_oneshot.evaluation.methods import Method, parse_method, trainer_name
 from nnunet_oneshot.evaluation.metrics import score_segmentation
 from nnunet_oneshot.io import is_occupied, load_json_checked, save_json_atomic, writing
 
@@ -75,7 +75,7 @@ def load_record(out: Path, run: Run) -> dict[str, Any] | None:
 def finished_records(out: Path) -> list[dict[str, Any]]:
     """The records of all finished runs of a benchmark, in the order of the methods."""
     records = [load_json_checked(path, "the record of a run") for path in sorted((out / "runs").rglob(RECORD))]
-    return sorted(records, key=lambda record: (METHODS.index(parse_method(record["method"]).base), record["method"]))
+    return sorted(records, key=lambda record: (parse_method(record["method"]).place, record["method"]))
 
 
 def lock_file(out: Path, run: Run) -> Path:
@@ -117,7 +117,7 @@ def claimed(out: Path, run: Run) -> Iterator[bool]:
 
 
 def execute_run(
-    run: Run, *, prepared: PreparedDataset, out: Path, cases: Sequence[str], device: str, log: Callable[[str], None]
+    run: Run, *, prepared: PreparedDataset, out: Path, device: str, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Runs the commands of a run (resuming a training that was interrupted), scores it and writes its record.
 
@@ -125,7 +125,6 @@ def execute_run(
         run: What is run.
         prepared: The dataset.
         out: The benchmark's folder.
-        cases: Labelled validation cases of the fold.
         device: ``cpu``, ``cuda`` or ``mps``.
         log: Receives each command.
 
@@ -144,19 +143,8 @@ def execute_run(
     environment = command_environment(
         results=folder / "results", variables={OVERRIDES_VARIABLE: json.dumps(overrides)} if overrides else {}
     )
-    if run.method.propagation:
-        segmentations = folder / "segmentations"
-        command = ["nnunet_oneshot", "propagate", "-d", prepared.name, "-c", prepared.configuration]
-        command += ["-p", prepared.plans_name, "-f", run.fold, "--method", run.method.propagation]
-        command += ["-o", str(segmentations), "--device", device]
-        resumed = False
-    else:
-        trainer = trainer_name(run.method, run.epochs)
-        model = folder / "results" / prepared.name / f"{trainer}__{prepared.plans_name}__{prepared.configuration}"
-        segmentations = model / f"fold_{run.fold}" / "validation"
-        resumed = any(segmentations.parent.glob("checkpoint_*.pth"))
-        command = ["nnUNetv2_train", prepared.name, prepared.configuration, run.fold, "-tr", trainer]
-        command += ["-p", prepared.plans_name, "-device", device, *(["--c"] if resumed else [])]
+    command, segmentations = _command(run, prepared, folder, device)
+    resumed = "--c" in command
     log("$ " + " ".join(command))
     cost = run_command(command, environment=environment, log_file=folder / "log.txt")
     record = {
@@ -173,10 +161,25 @@ def execute_run(
         "overrides": overrides,
         "versions": versions(),
         "segmentations": str(segmentations.relative_to(out)),
-        "scores": score_cases(prepared, segmentations, cases),
+        "scores": score_cases(prepared, segmentations, prepared.fold(run.fold).scored),
     }
     save_json_atomic(record, folder / RECORD)
     return record
+
+
+def _command(run: Run, prepared: PreparedDataset, folder: Path, device: str) -> tuple[list[str], Path]:
+    """The command of a run, and where it writes the segmentations of the validation cases."""
+    if run.method.propagation:
+        segmentations = folder / "segmentations"
+        command = ["nnunet_oneshot", "propagate", "-d", prepared.name, "-c", prepared.configuration]
+        command += ["-p", prepared.plans_name, "-f", run.fold, "--method", run.method.propagation]
+        return [*command, "-o", str(segmentations), "--device", device], segmentations
+    trainer = trainer_name(run.method, run.epochs)
+    model = folder / "results" / prepared.name / f"{trainer}__{prepared.plans_name}__{prepared.configuration}"
+    resumed = any((model / f"fold_{run.fold}").glob("checkpoint_*.pth"))
+    command = ["nnUNetv2_train", prepared.name, prepared.configuration, run.fold, "-tr", trainer]
+    command += ["-p", prepared.plans_name, "-device", device, *(["--c"] if resumed else [])]
+    return command, model / f"fold_{run.fold}" / "validation"
 
 
 def _cost(result: CommandResult, *, resumed: bool) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-ALL_LABELS = "mean"
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -78,7 +76,7 @@ def paired(first: ScoreTable, second: ScoreTable) -> tuple[np.ndarray, np.ndarra
         named = second if None in first.atlases else first
         atlases = list(named.atlases)
     cases = [c for c in first.cases if c in second.cases]
-    return tuple(_select(table, atlases, cases) for table in (first, second))
+    return _select(first, atlases, cases), _select(second, atlases, cases)
 
 
 def _select(table: ScoreTable, atlases: Sequence[str | None], cases: Sequence[tuple]) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Registration of an atlas: ``pair`` for two volumes, ``dataset`` for a dataset, ``files`` for two image files."""

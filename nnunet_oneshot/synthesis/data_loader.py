@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +15,12 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from threadpoolctl import threadpool_limits
 
-from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.config import SynthesisConfig
+from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.preprocessed import open_image
-from nnunet_oneshot.registration.cache import Registration, RegistrationCache
-from nnunet_oneshot.registration.quality import draw_weights
+from nnunet_oneshot.registration.dataset.cache import RegistrationCache
+from nnunet_oneshot.registration.pair.quality import draw_weights
+from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.seeding import derive_seed
 from nnunet_oneshot.synthesis.sampler import (
     Atlas,
@@ -24,9 +28,35 @@ from nnunet_oneshot.synthesis.sampler import (
     apply_appearance,
     case_location,
     draw_deformation,
+    in_all_channels,
     sample_patch,
 )
 from nnunet_oneshot.synthesis.spatial import patch_coordinates, split_spatial
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """What the patches of a loader are.
+
+    Attributes:
+        batch_size: Samples a batch.
+        initial_patch_size: Size from which nnU-Net cuts the final patch when it augments; 2 or 3 axes.
+        patch_size: Final size.
+        transforms: nnU-Net's training or validation transforms.
+        synthesis: How deformation and appearance are varied.
+        real_share: Probability that data is the real image with the warped label rather than the warped atlas.
+        augment: Whether deformation and appearance are varied.
+        oversample_foreground_percent: Share of samples that must hold foreground, as in nnU-Net.
+    """
+
+    batch_size: int
+    initial_patch_size: Sequence[int]
+    patch_size: Sequence[int]
+    transforms: BasicTransform
+    synthesis: SynthesisConfig
+    real_share: float
+    augment: bool
+    oversample_foreground_percent: float
 
 
 class OneShotDataLoader(nnUNetDataLoader):
@@ -42,33 +72,24 @@ class OneShotDataLoader(nnUNetDataLoader):
         atlases: dict[str, Atlas],
         registrations: dict[tuple[str, str], Registration],
         *,
-        batch_size: int,
-        initial_patch_size: Sequence[int],
-        patch_size: Sequence[int],
         label_manager: LabelManager,
-        transforms: BasicTransform,
-        config: OneShotConfig,
-        real_share: float,
-        augment: bool,
-        oversample_foreground_percent: float,
+        settings: PatchSettings,
         seed: int,
     ) -> None:
-        spatial, remaining = split_spatial(transforms)
+        spatial, remaining = split_spatial(settings.transforms)
         super().__init__(
             dataset,
-            batch_size,
-            initial_patch_size,
-            patch_size,
+            settings.batch_size,
+            settings.initial_patch_size,
+            settings.patch_size,
             label_manager,
-            oversample_foreground_percent=oversample_foreground_percent,
+            oversample_foreground_percent=settings.oversample_foreground_percent,
             transforms=remaining,
         )
         self.spatial = spatial
         self.atlases = atlases
         self.registrations = registrations
-        self.config = config
-        self.real_share = real_share
-        self.augment = augment
+        self.settings = settings
         self.seed = seed
         self.pairs = sorted(registrations)
         self.pair_weights = draw_weights([registrations[pair] for pair in self.pairs])
@@ -85,14 +106,15 @@ class OneShotDataLoader(nnUNetDataLoader):
         Returns:
             ``data`` (B, C, *patch) float32, ``target`` as nnU-Net's loader gives it, ``real`` (B, C, *patch) float32
             aligned with ``data``, ``from_real`` (B,) bool, whether ``data`` shows the real image, ``keys`` (the
-            unlabelled cases), ``atlases``, and ``weight`` (B,) float32, the trust in each registration.
+            unlabelled cases) and ``atlases``.
         """
         probabilities = self.pair_weights / self.pair_weights.sum()
-        drawn = np.random.choice(len(self.pairs), self.batch_size, p=probabilities)
+        numbers = np.random.choice(len(self.pairs), (self.batch_size,), p=probabilities)
+        drawn = [self.pairs[number] for number in numbers]
         samples = []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
-            for index, pair in enumerate(drawn):
-                samples.append(self._sample(*self.pairs[pair], self.get_do_oversample(index)))
+            for index, (atlas, case) in enumerate(drawn):
+                samples.append(self._sample(atlas, case, self.get_do_oversample(index)))
         segs = [sample["segmentation"] for sample in samples]
         return {
             "data": torch.stack([sample["image"].float() for sample in samples]),
@@ -101,28 +123,28 @@ class OneShotDataLoader(nnUNetDataLoader):
             else torch.stack(segs),
             "real": torch.stack([sample["regression_target"].float() for sample in samples]),
             "from_real": torch.tensor([sample["from_real"] for sample in samples]),
-            "keys": [self.pairs[pair][1] for pair in drawn],
-            "atlases": [self.pairs[pair][0] for pair in drawn],
-            "weight": torch.from_numpy(self.pair_weights[drawn].astype(np.float32)),
+            "keys": [case for _, case in drawn],
+            "atlases": [atlas for atlas, _ in drawn],
         }
 
     def _sample(self, atlas_name: str, case: str, foreground: bool) -> dict:
         atlas, registration = self.atlases[atlas_name], self.registrations[atlas_name, case]
         # Nothing is drawn where there is no choice, so that trainers of one source share their random numbers.
-        mixed = 0 < self.real_share < 1
-        from_real = np.random.uniform() < self.real_share if mixed else self.real_share == 1
-        augment = self.augment and not from_real
+        real_share = self.settings.real_share
+        mixed = 0 < real_share < 1
+        from_real = np.random.uniform() < real_share if mixed else real_share == 1
+        augment = self.settings.augment and not from_real
         deformation = draw_deformation(
-            registration, lambda: self._other(atlas_name), self.config.synthesis, augment=augment
+            registration, lambda: self._other(atlas_name), self.settings.synthesis, augment=augment
         )
         locations = self._locations(deformation, atlas) if foreground or self.has_ignore else None
         # Where no label of the atlas is left to aim at, nnU-Net's loader falls back to a random place.
         corner, _ = self.get_bbox(registration.case_shape, foreground, locations)
         points = patch_coordinates(corner, self.patch_size, self.final_patch_size, self.spatial)
         data = self._data.load_case(case)[0]
-        patch = sample_patch(points, deformation, atlas, lambda box: data[(slice(None), *box)])
+        patch = sample_patch(points, deformation, atlas, lambda box: data[in_all_channels(box)])
         if augment:
-            patch = apply_appearance(patch, self.config.synthesis)
+            patch = apply_appearance(patch, self.settings.synthesis)
         image = patch.real.clone() if from_real else patch.synthetic
         sample = {"image": image, "segmentation": patch.seg, "regression_target": patch.real}
         if self.patch_size_was_2d:
@@ -137,7 +159,7 @@ class OneShotDataLoader(nnUNetDataLoader):
 
     def _locations(self, deformation: Deformation, atlas: Atlas) -> dict:
         """nnU-Net's class locations with one place a class, moved from the atlas to the case."""
-        moved = {}
+        moved: dict[Any, list] = {}
         for name, places in atlas.class_locations.items():
             if len(places) == 0:
                 moved[name] = []
@@ -148,65 +170,39 @@ class OneShotDataLoader(nnUNetDataLoader):
 
 
 def build_oneshot_loader(
+    prepared: PreparedDataset,
+    registrations: RegistrationCache,
     *,
-    dataset_folder: str,
-    dataset_class,
     atlases: Sequence[str],
     cases: Sequence[str],
-    registrations: RegistrationCache,
-    batch_size: int,
-    initial_patch_size: Sequence[int],
-    patch_size: Sequence[int],
-    label_manager: LabelManager,
-    transforms: BasicTransform,
-    config: OneShotConfig,
-    real_share: float,
-    augment: bool,
-    oversample_foreground_percent: float,
+    settings: PatchSettings,
     seed: int,
 ) -> OneShotDataLoader:
     """Loads atlases and registrations into memory and builds the loader.
 
     Args:
-        dataset_folder: Preprocessed data of the configuration.
-        dataset_class: nnU-Net's dataset class for it.
+        prepared: The dataset.
+        registrations: Holds every atlas registered to every case.
         atlases: Labelled cases.
         cases: Unlabelled cases; of each only the image is read.
-        registrations: Holds every atlas registered to every case.
-        batch_size: Samples a batch.
-        initial_patch_size: Size from which nnU-Net cuts the final patch when it augments; 2 or 3 axes.
-        patch_size: Final size.
-        label_manager: nnU-Net's.
-        transforms: nnU-Net's training or validation transforms.
-        config: Settings; ``config.synthesis`` says what is drawn.
-        real_share: Probability that data is the real image with the warped label rather than the warped atlas.
-        augment: Whether deformation and appearance are varied.
-        oversample_foreground_percent: Share of samples that must hold foreground, as in nnU-Net.
+        settings: What the patches are.
         seed: Seed of torch in the worker processes.
     """
-    loaded = {}
-    dataset = dataset_class(dataset_folder, list(atlases))
-    for name in atlases:
-        image, seg, _, properties = dataset.load_case(name)
-        loaded[name] = Atlas(
-            torch.from_numpy(np.asarray(image[:], np.float32)),
-            torch.from_numpy(np.asarray(seg[:], np.int16)),
-            properties["class_locations"],
+    loaded = {
+        name: Atlas(
+            torch.from_numpy(prepared.image(name)),
+            torch.from_numpy(prepared.segmentation(name)),
+            prepared.properties(name)["class_locations"],
         )
+        for name in atlases
+    }
     pairs = {(a, c): registrations.load(a, c) for a in atlases for c in cases if a != c}
     return OneShotDataLoader(
-        ImagesOnly(dataset_folder, cases),
+        ImagesOnly(str(prepared.folder), cases),
         loaded,
         pairs,
-        batch_size=batch_size,
-        initial_patch_size=initial_patch_size,
-        patch_size=patch_size,
-        label_manager=label_manager,
-        transforms=transforms,
-        config=config,
-        real_share=real_share,
-        augment=augment,
-        oversample_foreground_percent=oversample_foreground_percent,
+        label_manager=prepared.label_manager,
+        settings=settings,
         seed=seed,
     )
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nnunet_oneshot.config import SynthesisConfig
-from nnunet_oneshot.registration.cache import Registration
-from nnunet_oneshot.registration.functional import sample_at, transform_points
-from nnunet_oneshot.registration.warp import deform_points, displacement_of, sample_labels
+from nnunet_oneshot.registration.pair.functional import sample_at, transform_points
+from nnunet_oneshot.registration.pair.registration import Registration
+from nnunet_oneshot.registration.pair.warp import deform_points, displacement_of, sample_labels
 from nnunet_oneshot.synthesis.functional import random_velocity, transfer_appearance
 
 _STEPS = 5
@@ -131,8 +131,8 @@ def sample_patch(
     outside = ((points < -0.5) | (points > sizes - 0.5)).any(0)
 
     box, local = _box(in_atlas, shape)
-    synthetic = sample_at(atlas.image[(slice(None), *box)][None], local[None])[0]
-    seg = sample_labels(atlas.seg[(slice(None), *box)], local)
+    synthetic = sample_at(atlas.image[in_all_channels(box)][None], local[None])[0]
+    seg = sample_labels(atlas.seg[in_all_channels(box)], local)
     synthetic[:, outside] = 0
     seg[:, outside] = -1
 
@@ -143,6 +143,11 @@ def sample_patch(
     box, local = _box(real_points, registration.case_shape)
     crop = torch.from_numpy(np.ascontiguousarray(read_case(box), dtype=np.float32))
     return Patch(synthetic, sample_at(crop[None], local[None], padding="zeros")[0], seg)
+
+
+def in_all_channels(box: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The index of a box (3 slices) in a volume (C, X, Y, Z)."""
+    return (slice(None), *box)
 
 
 def apply_appearance(patch: Patch, config: SynthesisConfig) -> Patch:

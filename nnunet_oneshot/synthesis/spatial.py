@@ -12,7 +12,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
 from torch import Tensor
 
-from nnunet_oneshot.registration.functional import identity_grid
+from nnunet_oneshot.registration.pair.functional import identity_grid
 
 
 def split_spatial(transforms: BasicTransform) -> tuple[SpatialTransform | None, ComposeTransforms]:

@@ -7,6 +7,7 @@ import pytest
 
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.atlas import ATLAS_FILE, resolve_atlases, save_choice
+from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
 
 
@@ -21,7 +22,7 @@ IMAGES = {"a": volume(-0.6), "b": volume(0.0, 1), "c": volume(0.5, 2), "d": volu
 
 
 def resolve(folder, train, val=(), labelled=tuple("abcd"), fold=0, config=None, loader=IMAGES.__getitem__):
-    return resolve_atlases(str(folder), config or OneShotConfig(), train, list(val), list(labelled), fold, loader)
+    return resolve_atlases(folder, config or OneShotConfig(), Fold(fold, train, list(val), list(labelled)), loader)
 
 
 def never(case):

@@ -3,24 +3,20 @@
 import numpy as np
 import pytest
 
+from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.data.atlas import AtlasChoice
 from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image
 from nnunet_oneshot.data.roles import assign_roles
+from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
 
 CASES = [f"case_{number}" for number in range(10)]
 
 
 def roles(**changes):
-    settings = {
-        "atlases": ["case_3"],
-        "how": "named",
-        "train_keys": CASES[:8],
-        "val_keys": CASES[8:],
-        "unlabelled_fraction": 1.0,
-        "progress_cases": 8,
-        "seed": 1,
-    }
-    return assign_roles(**{**settings, **changes})
+    atlases = changes.pop("atlases", ["case_3"])
+    fold = Fold(0, changes.pop("train", CASES[:8]), changes.pop("validation", CASES[8:]), CASES)
+    return assign_roles(AtlasChoice(atlases, "named"), fold, OneShotConfig(**{"seed": 1, **changes}))
 
 
 def test_every_training_case_but_the_atlas_is_unlabelled():
@@ -41,7 +37,7 @@ def test_share_depends_on_the_seed_and_grows_by_adding_cases():
 
 
 def test_without_validation_case_progress_is_watched_in_training():
-    result = roles(val_keys=[], progress_cases=2)
+    result = roles(validation=[], progress_cases=2)
     assert result.progress == result.unlabelled[:2]
     assert not result.held_out
 
@@ -55,7 +51,7 @@ def test_atlas_is_never_a_progress_case():
 
 
 def test_nothing_to_warp_to_is_an_error_when_it_is_needed():
-    alone = roles(train_keys=["case_3"])
+    alone = roles(train=["case_3"])
     with pytest.raises(OneShotError, match="no case beside the atlas"):
         alone.require_unlabelled()
     roles().require_unlabelled()

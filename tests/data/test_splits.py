@@ -5,7 +5,7 @@ import json
 import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunet_oneshot.data.splits import resolve_fold
+from nnunet_oneshot.data.splits import Fold, fold_number, resolve_fold
 from nnunet_oneshot.errors import OneShotError
 
 
@@ -14,9 +14,15 @@ def names(count):
 
 
 def all_folds(folder, cases, labelled):
-    resolve_fold(str(folder), cases, labelled, 0)
+    parts(folder, cases, labelled, 0)
     count = len(json.loads((folder / "splits_final.json").read_text()))
-    return [resolve_fold(str(folder), cases, labelled, fold) for fold in range(count)]
+    return [parts(folder, cases, labelled, fold) for fold in range(count)]
+
+
+def parts(folder, cases, labelled, number):
+    fold = resolve_fold(folder, cases, labelled, number)
+    assert fold.number == number and fold.labelled == sorted(labelled)
+    return fold.train, fold.validation
 
 
 def test_one_labelled_and_one_unlabelled_give_one_fold_without_validation(tmp_path):
@@ -51,20 +57,20 @@ def test_fewer_than_five_fully_labelled_cases_give_one_fold_a_case(tmp_path):
 
 
 def test_fold_all_trains_on_everything_and_writes_nothing(tmp_path):
-    assert resolve_fold(str(tmp_path), names(4), ["c00"], "all") == (names(4), [])
+    assert parts(tmp_path, names(4), ["c00"], "all") == (names(4), [])
     assert not (tmp_path / "splits_final.json").exists()
 
 
 def test_existing_splits_are_used_as_they_are(tmp_path):
     splits = [{"train": ["c00", "c03"], "val": ["c01"]}]
     (tmp_path / "splits_final.json").write_text(json.dumps(splits))
-    assert resolve_fold(str(tmp_path), names(4), ["c00"], 0) == (["c00", "c03"], ["c01"])
+    assert parts(tmp_path, names(4), ["c00"], 0) == (["c00", "c03"], ["c01"])
 
 
 @pytest.mark.parametrize("labelled", [["c00"], names(10)])
 @pytest.mark.parametrize("fold", range(5, 12))
 def test_fold_beyond_the_file_keeps_a_labelled_case_in_training(tmp_path, labelled, fold):
-    train, val = resolve_fold(str(tmp_path), names(10), labelled, fold)
+    train, val = parts(tmp_path, names(10), labelled, fold)
     assert set(train) & set(labelled)
     assert sorted(train + val) == names(10)
 
@@ -89,6 +95,21 @@ def test_damaged_splits_file_is_refused(tmp_path):
     (tmp_path / "splits_final.json").write_text("[{")
     with pytest.raises(OneShotError, match="not valid JSON"):
         resolve_fold(str(tmp_path), names(4), ["c00"], 0)
+
+
+def test_scored_are_the_validation_cases_with_a_label():
+    assert Fold(0, ["a"], ["b", "c", "d"], ["a", "b", "d"]).scored == ["b", "d"]
+
+
+@pytest.mark.parametrize(("text", "number"), [("all", "all"), ("3", 3), (0, 0)])
+def test_folds_are_numbers_or_all(text, number):
+    assert fold_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["-1", "one", "", "1.0"])
+def test_anything_else_is_no_fold(text):
+    with pytest.raises(OneShotError, match="neither a number nor 'all'"):
+        fold_number(text)
 
 
 @pytest.mark.parametrize(("cases", "labelled", "message"), [(["c0"], ["c0"], "1 case"), (names(4), [], "no labelled")])

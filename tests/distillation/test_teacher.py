@@ -42,9 +42,9 @@ def test_teacher_returns_the_image_channels(architecture, dim):
     assert teacher(x).shape == x.shape
 
 
-def losses_of(own, net, synthetic, real, weight=None, *, hint_weight=1.0):
+def losses_of(own, net, synthetic, real, *, hint_weight=1.0):
     reconstruction, teacher = own.reconstruct(real)
-    return own.hint(decoder_features(net, synthetic)[1], teacher, weight, hint_weight=hint_weight), reconstruction
+    return own.hint(decoder_features(net, synthetic)[1], teacher, hint_weight=hint_weight), reconstruction
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -124,14 +124,6 @@ def test_no_hint_leaves_reconstruction():
     hint, reconstruction = losses_of(distiller(hint="none"), student(2), *batch())
     assert hint.item() == 0
     assert reconstruction.item() > 0
-
-
-def test_sample_weights_weigh_the_hint():
-    own, net = distiller(hint="voxel_raw"), student(2)
-    images = batch()
-    assert losses_of(own, net, *images, torch.zeros(2))[0].item() == 0
-    full, half = (losses_of(own, net, *images, torch.full((2,), share))[0].item() for share in (1.0, 0.5))
-    assert half == pytest.approx(0.5 * full)
 
 
 def test_hint_is_the_sum_over_levels():

@@ -2,12 +2,14 @@
 
 import pytest
 
+from nnunet_oneshot.config import OneShotConfig, merge_settings
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.evaluation.methods import METHODS, merge_settings, parse_method, parse_settings, trainer_name
+from nnunet_oneshot.evaluation.ablations import ABLATIONS
+from nnunet_oneshot.evaluation.methods import BASELINES, default_methods, parse_method, parse_settings, trainer_name
 
 
 def test_every_method_trains_or_propagates():
-    for name in METHODS:
+    for name in BASELINES:
         method = parse_method(name)
         assert (method.trainer is None) != (method.propagation is None)
         assert method.overrides == {}
@@ -24,6 +26,28 @@ def test_value_may_be_a_list():
         "synthesis": {"scale_range": [0.5, 1.5]},
         "seed": 1,
     }
+
+
+def test_what_is_compared_unasked_are_the_methods_of_the_documentation():
+    compared = "affine registration corrected syn nnunet-atlas propagation synthesis distill nnunet-full"
+    assert default_methods() == compared.split()
+    assert {"syncc", "bspline", "demons"} < set(BASELINES)
+
+
+def test_an_ablation_is_named_and_mixed_with_settings():
+    assert parse_method("distill:no-hint").overrides == {"distillation": {"hint": "none"}}
+    mixed = parse_method("distill:no-hint,distillation.levels=1,no-appearance,seed=[1,2]")
+    assert mixed.overrides == {
+        "distillation": {"hint": "none", "levels": 1},
+        "synthesis": {"p_appearance": 0},
+        "seed": [1, 2],
+    }
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_the_settings_of_every_ablation_are_valid_and_change_something(name):
+    config = OneShotConfig.from_plans({"oneshot": dict(ABLATIONS[name].settings)})
+    assert config != OneShotConfig() and ABLATIONS.meaning(name).endswith(".")
 
 
 def test_variants_have_folders_of_their_own():

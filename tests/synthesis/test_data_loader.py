@@ -13,9 +13,9 @@ from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.ndimage import gaussian_filter
 
-from nnunet_oneshot.config import OneShotConfig, SynthesisConfig
-from nnunet_oneshot.registration.cache import Registration
-from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader
+from nnunet_oneshot.config import SynthesisConfig
+from nnunet_oneshot.registration.pair.registration import Registration
+from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader, PatchSettings
 from nnunet_oneshot.synthesis.functional import random_velocity
 from nnunet_oneshot.synthesis.sampler import Atlas
 
@@ -51,15 +51,17 @@ def loader(real_share=0.0, *, augment=True, transforms=(), batch_size=2, **synth
         Images(),
         {"a": Atlas(torch.from_numpy(smooth(0)), torch.from_numpy(seg), places)},
         {("a", case): registration(case) for case in CASES},
-        batch_size=batch_size,
-        initial_patch_size=PATCH,
-        patch_size=PATCH,
         label_manager=LabelManager({"background": 0, "low": 1, "high": 2}, None),
-        transforms=ComposeTransforms([RemoveLabelTansform(-1, 0), *transforms]),
-        config=OneShotConfig(synthesis=replace(SynthesisConfig(), **synthesis)),
-        real_share=real_share,
-        augment=augment,
-        oversample_foreground_percent=0.33,
+        settings=PatchSettings(
+            batch_size=batch_size,
+            initial_patch_size=PATCH,
+            patch_size=PATCH,
+            transforms=ComposeTransforms([RemoveLabelTansform(-1, 0), *transforms]),
+            synthesis=replace(SynthesisConfig(), **synthesis),
+            real_share=real_share,
+            augment=augment,
+            oversample_foreground_percent=0.33,
+        ),
         seed=0,
     )
 
@@ -76,7 +78,6 @@ def test_a_batch_holds_aligned_patches_and_says_where_they_come_from():
     assert set(found["target"].unique().tolist()) <= {0, 1, 2}
     assert set(found["keys"]) <= set(CASES)
     assert found["atlases"] == ["a"] * 3
-    assert found["weight"].shape == (3,)
     assert not found["from_real"].any()
 
 
@@ -124,4 +125,3 @@ def test_a_pair_of_weight_zero_is_never_drawn():
     np.random.seed(0)
     found = own.generate_train_batch()
     assert set(found["keys"]) == {"c0", "c2"}
-    assert (found["weight"] == 1).all()

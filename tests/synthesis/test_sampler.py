@@ -8,9 +8,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from nnunet_oneshot.config import SynthesisConfig
-from nnunet_oneshot.registration.cache import Registration
-from nnunet_oneshot.registration.functional import identity_grid
-from nnunet_oneshot.registration.warp import warp_atlas_to_case
+from nnunet_oneshot.registration.pair.functional import identity_grid
+from nnunet_oneshot.registration.pair.registration import Registration
+from nnunet_oneshot.registration.pair.warp import warp_atlas_to_case
 from nnunet_oneshot.synthesis.functional import (
     local_appearance_difference,
     match_quantiles,

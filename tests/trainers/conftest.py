@@ -88,8 +88,8 @@ class StubLoader:
 
     built: list[StubLoader] = []
 
-    def __init__(self, **arguments):
-        self.arguments = arguments
+    def __init__(self, prepared, registrations, *, settings, **arguments):
+        arguments = self.arguments = {**vars(settings), **arguments, "registrations": registrations}
         self.random = np.random.RandomState(arguments["seed"] % 2**31)
         StubLoader.built.append(self)
 
@@ -117,7 +117,6 @@ class StubLoader:
             "target": targets,
             "real": data.flip(2),
             "from_real": torch.arange(number) % 2 < self.arguments["real_share"],
-            "weight": torch.ones(number),
             "keys": keys,
         }
 
@@ -125,14 +124,18 @@ class StubLoader:
 @pytest.fixture
 def stubs(monkeypatch):
     """Replaces registration and loader; gives the loaders that are built and the arguments of registrations."""
-    import nnunet_oneshot.trainers.distill as distill
     import nnunet_oneshot.trainers.warping as module
+    from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
 
     StubLoader.built = []
     registered = []
-    monkeypatch.setattr(module, "register_dataset", lambda **arguments: registered.append(arguments))
     monkeypatch.setattr(
-        distill, "register_again", lambda *placed, **named: registered.append({"placed": placed, **named}) or "guided"
+        DatasetRegistrar, "register", lambda self, cases, **named: registered.append({"cases": cases, **named})
+    )
+    monkeypatch.setattr(
+        DatasetRegistrar,
+        "register_again",
+        lambda self, cases, **named: registered.append({"cases": cases, **named}) or "guided",
     )
     monkeypatch.setattr(module, "build_oneshot_loader", StubLoader)
     return StubLoader.built, registered

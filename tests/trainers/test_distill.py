@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_oneshot.distillation.agreement import Agreement
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.self_training.agreement import Agreement
 
 NAME = "OneShotDistillTrainer_5epochs"
 
@@ -176,10 +176,10 @@ def test_student_guides_the_registrations_from_the_first_round_on(prepare, make_
     assert [loader.arguments["registrations"] for loader in training] == [None, "guided", "guided"]
     assert [loader.arguments["registrations"] for loader in progress] == [None] * 3
     assert len({loader.arguments["seed"] for loader in training}) == 3
-    rounds = [arguments for arguments in registered if "placed" in arguments]
+    rounds = [arguments for arguments in registered if "guide" in arguments]
     assert [arguments["cases"] for arguments in rounds] == [trainer.roles.unlabelled] * 2
     for epoch, trust, arguments in zip((2, 4), ([0.75, 0.75], [0.67, 0]), rounds, strict=True):
-        first, guide, folder = arguments["placed"]
+        first, guide, folder = (arguments[name] for name in ("first", "guide", "folder"))
         assert guide.trust == pytest.approx(trust)
         assert first is None
         assert Path(folder).parent == Path(trainer.output_folder)

@@ -1,0 +1,1 @@
+"""What backs the claims of the documentation; each module is run with ``python -m``."""

@@ -1,0 +1,41 @@
+"""The pictures of a dataset's registrations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_oneshot.data.prepared import PreparedDataset
+from nnunet_oneshot.io import atomic_path, writing
+from nnunet_oneshot.registration.pair.figure import registration_figure
+from nnunet_oneshot.registration.pair.registration import Registration
+from nnunet_oneshot.registration.pair.warp import atlas_coordinates, warp_atlas_to_case
+
+
+def draw_registration(path: Path, registration: Registration, prepared: PreparedDataset, image: np.ndarray) -> None:
+    """Writes the PNG of a pair; see `nnunet_oneshot.registration.pair.figure`.
+
+    Args:
+        path: The file.
+        registration: The pair.
+        prepared: Dataset of the atlas, of which image and label are read.
+        image: (C, U, V, W) image of the case.
+    """
+    from matplotlib.image import imsave
+
+    atlas = prepared.registration_image(registration.atlas)
+    seg = prepared.segmentation(registration.atlas)
+    warped, warped_seg = warp_atlas_to_case(registration, atlas, seg)
+    figure = registration_figure(
+        atlas=atlas[0],
+        atlas_seg=seg[0],
+        case=image[0],
+        warped=warped[0],
+        warped_seg=warped_seg[0],
+        displacement=atlas_coordinates(registration).numpy(),
+    )
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            imsave(temporary, figure)

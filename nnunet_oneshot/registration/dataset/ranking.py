@@ -1,0 +1,97 @@
+"""Ranks cases by how well they represent the others, from images alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nnunet_oneshot.data.parallel import run_on_cases
+from nnunet_oneshot.data.thumbnails import correlations
+from nnunet_oneshot.registration.pair.affine import register_affine
+from nnunet_oneshot.registration.pair.functional import identity_grid, sample_at, transform_points
+
+# Rounds of aligning all cases to their mean; the second uses a sharper mean.
+_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class RankedCase:
+    """A case's place in the ranking.
+
+    Attributes:
+        rank: 1 is the best atlas.
+        case: Its name.
+        correlation: Mean correlation to all others after affine alignment.
+        correlation_unaligned: The same before alignment, which is what the automatic choice of an atlas goes by.
+        most_similar: The case it resembles most.
+    """
+
+    rank: int
+    case: str
+    correlation: float
+    correlation_unaligned: float
+    most_similar: str
+
+
+def rank_cases(
+    volumes: Mapping[str, np.ndarray], *, num_processes: int = 1, show_progress: bool = False
+) -> list[RankedCase]:
+    """Ranks cases by their mean correlation to all others.
+
+    Before they are compared, all are aligned to their common mean by affine registration: registration removes
+    differences of pose and size whichever case is the atlas, so these must not count against a case.
+
+    Args:
+        volumes: Small volumes of equal shape, see `nnunet_oneshot.data.thumbnails.pool_volume`.
+        num_processes: Worker processes.
+        show_progress: Whether to show progress bars.
+
+    Returns:
+        All cases, best first; equals by name.
+    """
+    names, before = correlations(volumes)
+    standard = {name: _standardised(volumes[name]) for name in names}
+    aligned = standard
+    for number in range(_ROUNDS):
+        mean = np.mean([aligned[name] for name in names], axis=0)
+        results = run_on_cases(
+            _align,
+            [(standard[name], mean) for name in names],
+            num_processes=num_processes,
+            description=f"Aligning images ({number + 1}/{_ROUNDS})",
+            show_progress=show_progress,
+        )
+        aligned = dict(zip(names, results, strict=True))
+    _, after = correlations(aligned)
+    means, means_before = (_means_without_diagonal(matrix) for matrix in (after, before))
+    np.fill_diagonal(after, -np.inf)
+    order = sorted(range(len(names)), key=lambda index: (-means[index], names[index]))
+    return [
+        RankedCase(rank, names[i], float(means[i]), float(means_before[i]), names[int(after[i].argmax())])
+        for rank, i in enumerate(order, 1)
+    ]
+
+
+def _align(volume: np.ndarray, template: np.ndarray) -> np.ndarray:
+    """The volume (C, X, Y, Z) affinely resampled onto the template of the same shape."""
+    flat = volume.shape[1] == 1
+    moving, fixed = (array[:, 0] if flat else array for array in (volume, template))
+    spacing = (1.0,) * (moving.ndim - 1)
+    affine = register_affine(fixed, moving, fixed_spacing=spacing, moving_spacing=spacing).matrix
+    points = transform_points(torch.from_numpy(affine).float(), identity_grid(fixed.shape[1:])[None])
+    aligned = sample_at(torch.from_numpy(np.ascontiguousarray(moving, np.float32))[None], points)[0].numpy()
+    return aligned.reshape(volume.shape)
+
+
+def _standardised(volume: np.ndarray) -> np.ndarray:
+    axes = tuple(range(1, volume.ndim))
+    mean, deviation = volume.mean(axes, keepdims=True), volume.std(axes, keepdims=True)
+    return ((volume - mean) / np.maximum(deviation, 1e-8)).astype(np.float32)
+
+
+def _means_without_diagonal(matrix: np.ndarray) -> np.ndarray:
+    # Rounded, so that the order of equals does not hang on the order in which a BLAS library adds numbers.
+    return np.round((matrix.sum(1) - np.diag(matrix)) / (len(matrix) - 1), 6)

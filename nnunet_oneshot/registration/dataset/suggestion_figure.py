@@ -1,0 +1,56 @@
+"""The picture of a ranking: central slices of the most and the least typical cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+
+import numpy as np
+
+from nnunet_oneshot.data.raw import RawDataset
+from nnunet_oneshot.data.verify import read_image
+from nnunet_oneshot.registration.dataset.ranking import RankedCase
+
+
+def contact_sheet(
+    path: str | PathLike, raw: RawDataset, groups: tuple[Sequence[RankedCase], Sequence[RankedCase]]
+) -> None:
+    """Writes a PNG with the best cases above the worst, each by two central slices (2D: the image).
+
+    Args:
+        path: Where to write.
+        raw: The images.
+        groups: Best and worst cases, equally many.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [[_cuts(raw, ranked.case) for ranked in group] for group in groups]
+    cuts = len(panels[0][0])
+    figure = Figure(figsize=(2.4 * len(groups[0]), 2.3 * cuts * len(groups) + 0.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(cuts * len(groups), len(groups[0]), squeeze=False)
+    for row, (group, drawn) in enumerate(zip(groups, panels, strict=True)):
+        for column, (ranked, slices) in enumerate(zip(group, drawn, strict=True)):
+            for index, (cut, aspect) in enumerate(slices):
+                axis = axes[row * cuts + index, column]
+                axis.imshow(cut, cmap="gray", aspect=aspect, vmin=np.percentile(cut, 1), vmax=np.percentile(cut, 99))
+                axis.set_axis_off()
+            title = f"{ranked.rank}. {ranked.case}\n{ranked.correlation:.3f}"
+            axes[row * cuts, column].set_title(title, fontsize=8)
+    figure.suptitle("Most typical (above) and least typical cases: mean correlation to the others", fontsize=9)
+    figure.savefig(path, format="png", dpi=110)
+
+
+def _cuts(raw: RawDataset, case: str) -> list[tuple[np.ndarray, float]]:
+    """Central slices across the first two axes of the first channel, with the height of a pixel over its width."""
+    image = read_image(case, raw.images(case), raw.reader_class, raw.channel_names)
+    volume, spacing = image.data[0], [float(edge) for edge in image.properties["spacing"]]
+    axes = [0] if volume.shape[0] == 1 else [0, 1]
+    cuts = []
+    for axis in axes:
+        cut = np.take(volume, volume.shape[axis] // 2, axis)
+        height, width = (edge for other, edge in enumerate(spacing) if other != axis)
+        # Slices across other axes than the first stand on their head in most readers' order.
+        cuts.append((cut if axis == 0 else cut[::-1], height / width))
+    return cuts

@@ -1,0 +1,1 @@
+"""Two image files, without any nnU-Net folder."""

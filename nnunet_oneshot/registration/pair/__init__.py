@@ -1,0 +1,1 @@
+"""Two volumes as tensors: affine map, search, velocity field and quality. Knows no file and no nnU-Net."""

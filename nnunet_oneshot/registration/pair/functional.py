@@ -1,0 +1,308 @@
+"""Pure tensor functions on grids, coordinates, displacements and velocity fields.
+
+Vocabulary:
+    voxel coordinates: float index coordinates in array axis order; the centre of the first voxel is 0.
+    displacement: (B, D, *grid), in voxels of a named grid, array axis order; a location p is read at p + u(p).
+    velocity: a stationary velocity field of the same layout; exp(v) is its flow at time 1.
+    warp: pull-back; the output at p is the input at phi(p).
+
+D is the number of spatial axes, 2 or 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def identity_grid(shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+    """Voxel coordinates of every voxel, (D, *shape) float32."""
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+
+def sample_at(volume: Tensor, coordinates: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """Reads a volume at voxel coordinates.
+
+    Args:
+        volume: (B, C, *in).
+        coordinates: (B, D, *out), voxel coordinates of ``volume``.
+        mode: ``"bilinear"`` (linear in every axis) or ``"nearest"``.
+        padding: Outside the volume: ``"border"`` (nearest voxel) or ``"zeros"``.
+
+    Returns:
+        (B, C, *out).
+    """
+    dim = coordinates.shape[1]
+    sizes = torch.tensor(volume.shape[2:], dtype=coordinates.dtype, device=coordinates.device)
+    scale = (2.0 / sizes).view(1, dim, *[1] * dim)
+    normalised = (coordinates + 0.5) * scale - 1.0
+    grid = normalised.flip(1).movedim(1, -1)
+    return F.grid_sample(volume, grid.to(volume.dtype), mode=mode, padding_mode=padding, align_corners=False)
+
+
+def transform_points(affine: Tensor, points: Tensor) -> Tensor:
+    """Applies a homogeneous affine.
+
+    Args:
+        affine: (D + 1, D + 1) or (B, D + 1, D + 1), acting on voxel coordinates.
+        points: (B, D, *out).
+
+    Returns:
+        (B, D, *out).
+    """
+    if affine.ndim == 2:
+        affine = affine[None].expand(points.shape[0], -1, -1)
+    dim = points.shape[1]
+    flat = points.reshape(points.shape[0], dim, -1)
+    moved = affine[:, :dim, :dim] @ flat + affine[:, :dim, dim:]
+    return moved.reshape(points.shape)
+
+
+def resize(field: Tensor, shape: Sequence[int]) -> Tensor:
+    """Linear resize of (B, C, *grid) to (B, C, *shape) with both grids covering the same field of view; values stay."""
+    if tuple(field.shape[2:]) == tuple(shape):
+        return field
+    return F.interpolate(field, size=tuple(shape), mode=_LINEAR[field.ndim - 2], align_corners=False)
+
+
+def downsample(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """Area average of (B, C, *grid) onto (B, C, *shape)."""
+    if tuple(image.shape[2:]) == tuple(shape):
+        return image
+    return F.adaptive_avg_pool2d(image, shape) if image.ndim == 4 else F.adaptive_avg_pool3d(image, shape)
+
+
+def scale_vectors(field: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
+    """Vectors (B, D, *any) in voxels of a grid of shape ``source``, in voxels of a grid of shape ``target`` over the
+    same field of view."""
+    factors = [t / s for s, t in zip(source, target, strict=True)]
+    return field * torch.tensor(factors, dtype=field.dtype, device=field.device).view(1, -1, *[1] * (field.ndim - 2))
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """Displacement of the map p -> q = p + second(p) -> q + first(q), all (B, D, *grid) in voxels of the grid."""
+    points = identity_grid(first.shape[2:], device=first.device)[None] + second
+    return second + sample_at(first, points)
+
+
+def integrate_velocity(velocity: Tensor, *, steps: int = 5) -> Tensor:
+    """Displacement of exp(velocity) by scaling and squaring (Arsigny et al., MICCAI 2006).
+
+    Args:
+        velocity: (B, D, *grid), voxels of the grid.
+        steps: Number of squarings.
+
+    Returns:
+        Displacement (B, D, *grid), voxels of the grid.
+    """
+    displacement = velocity / 2**steps
+    for _ in range(steps):
+        displacement = compose(displacement, displacement)
+    return displacement
+
+
+def integrate_on(velocity: Tensor, shape: Sequence[int], *, steps: int = 5) -> Tensor:
+    """Displacement of exp(velocity) where the velocity lies on a coarser grid over the same field of view.
+
+    Args:
+        velocity: (B, D, *coarse), voxels of the grid of shape ``shape``.
+        shape: The grid whose voxels are the unit, and on which the displacement is wanted.
+        steps: Number of squarings.
+
+    Returns:
+        Displacement (B, D, *shape), voxels of the grid of shape ``shape``.
+    """
+    coarse = velocity.shape[2:]
+    displacement = integrate_velocity(scale_vectors(velocity, shape, coarse), steps=steps)
+    return resize(scale_vectors(displacement, coarse, shape), shape)
+
+
+def inverse_residual(velocity: Tensor, *, steps: int = 7) -> tuple[Tensor, Tensor]:
+    """How far exp(-v) o exp(v) is from the identity, which it is for an exact integration of a resolved field.
+
+    Args:
+        velocity: (B, D, *grid), voxels of the grid.
+        steps: Number of squarings.
+
+    Returns:
+        Displacement of the composition (B, D, *grid), voxels, and a mask (B, *grid) that is 1 where exp(v) stays within
+        the grid: beyond it the field is not known, and the residual means nothing.
+    """
+    forward, backward = integrate_velocity(velocity, steps=steps), integrate_velocity(-velocity, steps=steps)
+    reached = identity_grid(velocity.shape[2:], device=velocity.device)[None] + forward
+    last = torch.tensor(velocity.shape[2:], device=velocity.device).view(1, -1, *[1] * (velocity.ndim - 2)) - 1
+    inside = ((reached >= 0) & (reached <= last)).all(1).to(velocity.dtype)
+    return compose(backward, forward), inside
+
+
+def warp(volume: Tensor, displacement: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """Pull-back of (B, C, *grid) by a displacement (B, D, *grid) in voxels of the same grid."""
+    points = identity_grid(displacement.shape[2:], device=displacement.device)[None] + displacement
+    return sample_at(volume, points, mode=mode, padding=padding)
+
+
+def jacobian_determinant(displacement: Tensor) -> Tensor:
+    """Determinant of the Jacobian of p + u(p) by central differences.
+
+    Args:
+        displacement: (B, D, *grid), voxels of the grid; every axis has at least 2 voxels.
+
+    Returns:
+        (B, *grid); values <= 0 are folds.
+    """
+    dim = displacement.shape[1]
+    columns = torch.gradient(displacement.float(), dim=tuple(range(2, 2 + dim)))
+    # j[i][k] is d (p + u)_i / d p_k. Cofactors cost a tenth of a matrix decomposition for every voxel.
+    j = [[columns[k][:, i] + float(i == k) for k in range(dim)] for i in range(dim)]
+    if dim == 2:
+        return j[0][0] * j[1][1] - j[0][1] * j[1][0]
+    return sum(j[0][k] * (j[1][m] * j[2][n] - j[1][n] * j[2][m]) for k, m, n in ((0, 1, 2), (1, 2, 0), (2, 0, 1)))
+
+
+def folding(displacement: Tensor) -> Tensor:
+    """Share of voxels whose Jacobian determinant is <= 0, (B,)."""
+    return (jacobian_determinant(displacement) <= 0).flatten(1).float().mean(1)
+
+
+def without_folds(velocity: Tensor, shape: Sequence[int], *, steps: int = 7, rounds: int = 20) -> Tensor:
+    """Velocity fields smoothed where their flows fold, and nowhere else, until they do not, or for ``rounds`` times.
+
+    The flow of a velocity field does not fold, but its approximation on a grid does where the field changes too much
+    from one place to the next.
+
+    Args:
+        velocity: (B, D, *coarse), voxels of the grid of shape ``shape``.
+        shape: The grid on which folds are looked for.
+        steps: Number of squarings.
+        rounds: Largest number of smoothings.
+
+    Returns:
+        (B, D, *coarse); ``velocity`` itself where nothing folds.
+    """
+    for _ in range(rounds):
+        folds = (jacobian_determinant(integrate_on(velocity, shape, steps=steps)) <= 0)[:, None].to(velocity.dtype)
+        if not folds.any():
+            break
+        # The velocity at a place takes part in the flow around it, and a place counts whatever the share of its folds.
+        around = (box_mean(downsample(folds, velocity.shape[2:]), 5) > 0).to(velocity.dtype)
+        velocity = torch.lerp(velocity, box_mean(velocity, 3), box_mean(around, 3))
+    return velocity
+
+
+def box_mean(image: Tensor, window: int) -> Tensor:
+    """Mean over a cube of ``window`` voxels (odd) around every place of (B, C, *grid); border voxels are repeated."""
+    dim = image.ndim - 2
+    return _BoxSum.apply(F.pad(image, [window // 2] * 2 * dim, "replicate"), window) / window**dim
+
+
+class _BoxSum(torch.autograd.Function):
+    """Sums over cubes that lie within (B, C, *grid), whose gradient is such a sum again."""
+
+    @staticmethod
+    def forward(ctx, image: Tensor, window: int) -> Tensor:
+        ctx.window = window
+        return _box_sum(image, window)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        margin = [ctx.window - 1] * 2 * (gradient.ndim - 2)
+        return _box_sum(F.pad(gradient, margin), ctx.window), None
+
+
+def _box_sum(image: Tensor, window: int) -> Tensor:
+    for axis in range(2, image.ndim):
+        length = image.shape[axis] - window + 1
+        # Shifted sums cost a fraction of a convolution.
+        image = sum((image.narrow(axis, k, length) for k in range(1, window)), start=image.narrow(axis, 0, length))
+    return image
+
+
+def local_moments(image: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of (B, C, *grid) in a cube of ``window`` voxels (odd) around every place, each of its shape."""
+    mean, square = box_mean(torch.cat([image, image * image], dim=1), window).chunk(2, dim=1)
+    return mean, (square - mean * mean).clamp_min(0)
+
+
+def squared_local_correlation(
+    first: Tensor, second: Tensor, window: int, *, moments: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Squared normalised cross-correlation in a cube around every place (Avants et al., MedIA 2008).
+
+    Args:
+        first: (B, C, *grid) float32; gradients flow through it.
+        second: (B, C, *grid) float32.
+        window: Edge of the cube, odd, voxels.
+        moments: `local_moments` of ``second``, where they are known already.
+
+    Returns:
+        (B, C, *grid) from 0 to 1; 0 where either is constant.
+    """
+    mean_2, variance_2 = local_moments(second, window) if moments is None else moments
+    averages = box_mean(torch.cat([first, first * first, first * second], dim=1), window)
+    mean_1, square_1, product = averages.chunk(3, dim=1)
+    covariance = product - mean_1 * mean_2
+    variance_1 = (square_1 - mean_1 * mean_1).clamp_min(0)
+    return covariance * covariance / (variance_1 * variance_2 + 1e-5)
+
+
+def correlation_window(kernel: int, shape: Sequence[int]) -> int:
+    """Edge of the window of local correlation on a grid: odd, at least 3, otherwise no longer than any axis."""
+    window = min([kernel, *shape])
+    return max(window - 1 + window % 2, 3)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of each sample of (B, C, *grid), (B,), over the places where a mask (B, 1, *grid) is 1; None is all."""
+    if mask is None:
+        return values.flatten(1).mean(1)
+    weights = mask.float().expand_as(values)
+    return (values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1.0)
+
+
+def diffusion_energy(velocity: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Mean squared first derivative of a field in physical units, so that anisotropic voxels are treated alike.
+
+    Args:
+        velocity: (B, D, *grid), voxels of the grid; every axis has at least 2 voxels.
+        spacing: D voxel edges of the grid, mm.
+
+    Returns:
+        (B,): mean over places of the sum over components i and axes j of (d v_i [mm] / d x_j [mm])^2.
+    """
+    dim = velocity.shape[1]
+    edges = torch.tensor(list(spacing), dtype=velocity.dtype, device=velocity.device).view(1, dim, *[1] * dim)
+    energy = velocity.new_zeros(len(velocity))
+    for axis in range(dim):
+        difference = torch.diff(velocity, dim=2 + axis) * edges / float(spacing[axis])
+        energy = energy + (difference**2).sum(1).flatten(1).mean(1)
+    return energy
+
+
+def contrastive_loss(atlas_features: Tensor, case_features: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """NT-Xent between pooled features of the atlas and of the cases of a batch (arXiv 2408.03616, registration).
+
+    For case i the positive is its atlas; the negatives are the other cases of the batch.
+
+    Args:
+        atlas_features: (B, F) features of the atlas of each pair.
+        case_features: (B, F) features of the case of each pair.
+        temperature: Softmax temperature.
+
+    Returns:
+        Scalar; 0 for a batch of one pair, which has no negatives.
+    """
+    atlas_features = F.normalize(atlas_features.float(), dim=1)
+    case_features = F.normalize(case_features.float(), dim=1)
+    positive = (atlas_features * case_features).sum(1, keepdim=True)
+    negatives = case_features @ case_features.T
+    others = ~torch.eye(len(negatives), dtype=torch.bool, device=negatives.device)
+    logits = torch.cat([positive, negatives[others].reshape(len(negatives), -1)], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))

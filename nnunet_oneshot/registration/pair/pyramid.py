@@ -1,0 +1,21 @@
+"""The grids of the coarse-to-fine optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# No level is coarser than this many voxels on its shortest axis: less holds no anatomy.
+_COARSEST_EDGE = 12
+
+
+def velocity_shape(shape: Sequence[int], downsample: int) -> tuple[int, ...]:
+    """Shape of the velocity grid over a registration grid: coarser by ``downsample``, at least 2 voxels an axis."""
+    return tuple(max(2, -(-n // downsample)) for n in shape)
+
+
+def level_shapes(shape: Sequence[int], levels: int) -> list[tuple[int, ...]]:
+    """Grid shapes of the resolution levels, coarse to fine, each a factor 2 apart where the axis is long enough."""
+    shapes = []
+    for level in reversed(range(levels)):
+        shapes.append(tuple(max(min(n, _COARSEST_EDGE), round(n / 2**level)) for n in shape))
+    return shapes

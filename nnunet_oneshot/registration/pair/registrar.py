@@ -1,0 +1,325 @@
+"""Registers one atlas to cases given as arrays: affine, then velocity fields, with quality figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunet_oneshot.config import RegistrationConfig
+from nnunet_oneshot.registration.pair.affine import centre_alignment, register_affine
+from nnunet_oneshot.registration.pair.fitting import refine_velocity
+from nnunet_oneshot.registration.pair.functional import (
+    correlation_window,
+    downsample,
+    integrate_on,
+    inverse_residual,
+    jacobian_determinant,
+    local_moments,
+    masked_mean,
+    scale_vectors,
+    squared_local_correlation,
+    warp,
+    without_folds,
+)
+from nnunet_oneshot.registration.pair.grid import RegistrationGrid
+from nnunet_oneshot.registration.pair.label_guide import LabelGuide, guide_shape
+from nnunet_oneshot.registration.pair.pyramid import velocity_shape
+from nnunet_oneshot.registration.pair.registration import Registration
+from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
+
+_QUALITY_STEPS = 7
+# Voxels around the labels within which it matters whether the images agree.
+_AROUND_LABELS = 3
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A case after the affine stage, on the atlas's registration grid.
+
+    Attributes:
+        affine: (D + 1, D + 1), case voxel -> atlas voxel.
+        fixed: (1, C, *grid).
+        mask: (1, 1, *grid).
+        start: Which start the affine came from; ``"identity"`` means that nothing was optimised.
+        seconds: Time of the affine stage.
+    """
+
+    affine: np.ndarray
+    fixed: Tensor
+    mask: Tensor
+    start: str
+    seconds: float
+
+
+class AtlasRegistrar:
+    """Registers one atlas to any number of cases.
+
+    Volumes with one voxel along the first axis (nnU-Net's 2D images) are registered in 2D.
+
+    Args:
+        name: Name of the atlas.
+        atlas: (C, X, Y, Z).
+        spacing: 3 voxel edges, mm.
+        config: Settings.
+        device: Where the deformable stage runs.
+        foreground: (1, X, Y, Z) bool, where the atlas has labels, or None: then quality is judged everywhere alike.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        atlas: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        config: RegistrationConfig,
+        device: torch.device,
+        foreground: np.ndarray | None = None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.device = device
+        self.flat = atlas.shape[1] == 1
+        self.atlas_shape = tuple(atlas.shape[1:])
+        self._atlas = self._squeeze(atlas)
+        self._spacing = self._axes(spacing)
+        self.grid = RegistrationGrid.over(self._atlas.shape[1:], self._spacing, config.max_voxels)
+        self.image = self.grid.atlas_image(self._atlas).to(device)
+        self._foreground = None
+        if foreground is not None and foreground.any():
+            shown = torch.from_numpy(self._squeeze(foreground).astype(np.float32))[None]
+            self._foreground = downsample(shown, self.grid.shape).to(device)
+
+    def align(
+        self,
+        case: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        initial: np.ndarray | None = None,
+        known: Registration | None = None,
+    ) -> Aligned:
+        """The affine stage.
+
+        Args:
+            case: (C, U, V, W).
+            spacing: 3 voxel edges of the case, mm.
+            initial: (4, 4) rigid map case voxel -> atlas voxel to start from, such as that of the files' headers; None:
+                the axes of both volumes point alike, and their centres are laid on each other.
+            known: An earlier registration of this pair, whose affine map is taken as it is.
+        """
+        started = time.perf_counter()
+        image, edges = self._squeeze(case), self._axes(spacing)
+        if initial is not None and self.flat:
+            initial = initial[1:, 1:]
+        if known is not None:
+            affine, start = known.affine[1:, 1:] if self.flat else known.affine, known.quality["affine_start"]
+        elif self.config.affine:
+            result = register_affine(
+                image,
+                self._atlas,
+                fixed_spacing=edges,
+                moving_spacing=self._spacing,
+                initial=initial,
+                metric=SIMILARITIES[self.config.similarity].affine_metric,
+            )
+            affine, start = result.matrix, result.start
+        else:
+            centred = centre_alignment(image.shape[1:], self._atlas.shape[1:], edges, self._spacing)
+            affine, start = (centred if initial is None else initial), "identity"
+        fixed, mask = self.grid.fixed_image(image, affine)
+        return Aligned(affine, fixed, mask, start, time.perf_counter() - started)
+
+    def guide(
+        self,
+        atlas_maps: np.ndarray,
+        probabilities: Sequence[np.ndarray],
+        aligned: Sequence[Aligned],
+        trust: np.ndarray | None = None,
+    ) -> LabelGuide:
+        """Labels that guide the deformable stage of a batch of aligned cases.
+
+        Args:
+            atlas_maps: (K + 1, X, Y, Z) masks of the atlas's labels, and last of the places that are not ignored.
+            probabilities: (K, U, V, W) of each case.
+            aligned: Results of `align`, in the same order.
+            trust: How far each label is followed at most, (K,), 0 to 1; None is all the way.
+        """
+        shape = guide_shape(self.grid.shape)
+        maps = self.grid.fixed_maps(self._squeeze(atlas_maps), np.eye(len(shape) + 1), shape)
+        fixed = [
+            self.grid.fixed_maps(self._squeeze(p), a.affine, shape) for p, a in zip(probabilities, aligned, strict=True)
+        ]
+        mask = downsample(torch.cat([a.mask for a in aligned]), shape)
+        say = torch.ones(len(atlas_maps) - 1) if trust is None else torch.from_numpy(trust).float()
+        return LabelGuide(*(t.to(self.device) for t in (maps[:, :-1], maps[:, -1:], torch.cat(fixed), mask, say)))
+
+    def deform(
+        self,
+        aligned: Sequence[Aligned],
+        cases: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+        guide: LabelGuide | None = None,
+    ) -> list[Registration]:
+        """The deformable stage for a batch of aligned cases.
+
+        Args:
+            aligned: Results of `align`.
+            cases: Names.
+            shapes: (U, V, W) of each case.
+            predict: (atlas, fixed) -> velocity (B, D, *velocity grid) of a trained network; it is the result with
+                method ``"network"`` and the start of the optimisation with ``"network+refine"``.
+            guide: Result of `guide`, or None: images alone decide.
+
+        Returns:
+            One registration a case, with its quality figures.
+        """
+        started = time.perf_counter()
+        fixed = torch.cat([a.fixed for a in aligned]).to(self.device)
+        mask = torch.cat([a.mask for a in aligned]).to(self.device)
+        atlas = self.image.expand(len(aligned), -1, *self.grid.shape)
+        velocity = None if predict is None else predict(atlas, fixed)
+        if self.config.method != "network" or velocity is None:
+            velocity = refine_velocity(
+                self.image, fixed, mask, spacing=self.grid.spacing, config=self.config, initial=velocity, guide=guide
+            )
+        with torch.no_grad():
+            qualities = self._quality(velocity, atlas, fixed, mask)
+            if any(quality["jacobian_min"] <= 0 for quality in qualities):
+                velocity = without_folds(velocity, self.grid.shape, steps=_QUALITY_STEPS)
+                qualities = self._quality(velocity, atlas, fixed, mask)
+            if guide is not None:
+                for quality, figures in zip(qualities, self._guide_quality(velocity, guide), strict=True):
+                    quality.update(figures)
+        seconds = (time.perf_counter() - started) / len(aligned)
+        in_atlas_voxels = scale_vectors(velocity, self.grid.shape, self.grid.atlas_shape).cpu().numpy()
+        return [
+            Registration(
+                self.name,
+                case,
+                self._lift_affine(a.affine),
+                self._lift_velocity(field),
+                self.atlas_shape,
+                tuple(int(n) for n in shape),
+                {**quality, "affine_start": a.start, "seconds": round(a.seconds + seconds, 3)},
+            )
+            for a, case, shape, field, quality in zip(aligned, cases, shapes, in_atlas_voxels, qualities, strict=True)
+        ]
+
+    def velocity_grid(self) -> tuple[int, ...]:
+        """Shape of the velocity fields."""
+        return velocity_shape(self.grid.shape, self.config.velocity_downsample)
+
+    def _quality(self, velocity: Tensor, atlas: Tensor, fixed: Tensor, mask: Tensor) -> list[dict]:
+        displacement = integrate_on(velocity, self.grid.shape, steps=_QUALITY_STEPS)
+        window = correlation_window(self.config.lncc_kernel, self.grid.shape)
+        moments = local_moments(fixed, window)
+        before, after = (
+            squared_local_correlation(image, fixed, window, moments=moments)
+            for image in (atlas, warp(atlas, displacement))
+        )
+        determinant = jacobian_determinant(displacement).flatten(1)
+        edges = torch.tensor(self.grid.spacing, device=displacement.device).view(1, -1, *[1] * len(self.grid.shape))
+        length = (displacement * edges).norm(dim=1).flatten(1)
+        coarse = velocity.shape[2:]
+        coarse_edges = edges * torch.tensor(
+            [n / c for n, c in zip(self.grid.shape, coarse, strict=True)], device=displacement.device
+        ).view_as(edges)
+        residual, inside = inverse_residual(scale_vectors(velocity, self.grid.shape, coarse), steps=_QUALITY_STEPS)
+        error = (residual * coarse_edges).norm(dim=1) * inside
+        figures = {
+            "similarity_before": masked_mean(before, mask),
+            "similarity_after": masked_mean(after, mask),
+            "folding": (determinant <= 0).float().mean(1),
+            "jacobian_min": determinant.min(1).values,
+            "jacobian_max": determinant.max(1).values,
+            "log_jacobian_std": determinant.clamp_min(1e-3).log().std(1),
+            "mean_displacement_mm": length.mean(1),
+            "max_displacement_mm": length.max(1).values,
+            "inverse_consistency_mm": error.flatten(1).sum(1) / inside.flatten(1).sum(1).clamp_min(1),
+            "inverse_consistency_max_mm": error.flatten(1).max(1).values,
+            "observed": mask.flatten(1).mean(1),
+        }
+        if self._foreground is not None:
+            labels = warp(self._foreground.expand(len(fixed), -1, *self.grid.shape), displacement)
+            figures["similarity_at_labels"] = masked_mean(after, mask * _around(labels))
+        return [{name: round(float(values[i]), 6) for name, values in figures.items()} for i in range(len(fixed))]
+
+    def _guide_quality(self, velocity: Tensor, guide: LabelGuide) -> list[dict]:
+        displacement = integrate_on(velocity, self.grid.shape, steps=_QUALITY_STEPS)
+        agreement = guide.agreement_on(self.grid.shape)
+        figures = zip(agreement(torch.zeros_like(displacement)), agreement(displacement), strict=True)
+        return [{"guide_dice_before": round(float(b), 6), "guide_dice_after": round(float(a), 6)} for b, a in figures]
+
+    def _squeeze(self, image: np.ndarray) -> np.ndarray:
+        return image[:, 0] if self.flat else image
+
+    def _axes(self, spacing: Sequence[float]) -> tuple[float, ...]:
+        return tuple(float(s) for s in (spacing[1:] if self.flat else spacing))
+
+    def _lift_affine(self, affine: np.ndarray) -> np.ndarray:
+        if not self.flat:
+            return affine
+        lifted = np.eye(4)
+        lifted[1:, 1:] = affine
+        return lifted
+
+    def _lift_velocity(self, velocity: np.ndarray) -> np.ndarray:
+        if not self.flat:
+            return velocity
+        return np.concatenate([np.zeros_like(velocity[:1]), velocity])[:, None]
+
+
+def _around(foreground: Tensor) -> Tensor:
+    """Mask (B, 1, *grid) of places up to `_AROUND_LABELS` voxels, along every axis, from a foreground above a half."""
+    pool = F.max_pool2d if foreground.ndim == 4 else F.max_pool3d
+    grown = pool(foreground, 2 * _AROUND_LABELS + 1, stride=1, padding=_AROUND_LABELS)
+    return (grown > 0.5).to(foreground.dtype)
+
+
+def register_arrays(
+    atlas: np.ndarray,
+    case: np.ndarray,
+    *,
+    atlas_spacing: Sequence[float],
+    case_spacing: Sequence[float],
+    initial: np.ndarray | None = None,
+    guide: tuple[np.ndarray, np.ndarray] | None = None,
+    config: RegistrationConfig | None = None,
+    device: torch.device | str = "cpu",
+    atlas_labels: np.ndarray | None = None,
+) -> Registration:
+    """Registers one volume to another, without any nnU-Net folder.
+
+    Args:
+        atlas: (C, X, Y, Z) moving image; (C, 1, Y, Z) for 2D.
+        case: (C, U, V, W) fixed image, on any grid.
+        atlas_spacing: 3 voxel edges of the atlas, mm.
+        case_spacing: 3 voxel edges of the case, mm.
+        initial: (4, 4) rigid map case voxel -> atlas voxel to start from; see `AtlasRegistrar.align`.
+        guide: Maps of the atlas (K + 1, X, Y, Z) and of the case (K, U, V, W), see `AtlasRegistrar.guide`.
+        config: Settings; None for the defaults.
+        device: Where the deformable stage runs.
+        atlas_labels: (1, X, Y, Z) label map of the atlas, by which quality is judged around the labels too. It does not
+            change the registration.
+
+    Returns:
+        The registration; `nnunet_oneshot.registration.pair.warp` applies it.
+    """
+    registrar = AtlasRegistrar(
+        "moving",
+        atlas,
+        atlas_spacing,
+        config=config or RegistrationConfig(method="refine"),
+        device=torch.device(device),
+        foreground=None if atlas_labels is None else atlas_labels > 0,
+    )
+    aligned = registrar.align(case, case_spacing, initial=initial)
+    labels = None if guide is None else registrar.guide(guide[0], [guide[1]], [aligned])
+    return registrar.deform([aligned], ["fixed"], [case.shape[1:]], guide=labels)[0]

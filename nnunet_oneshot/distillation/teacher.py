@@ -8,11 +8,13 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from nnunet_oneshot.config import DistillationConfig
 from nnunet_oneshot.distillation.features import decoder_features, feature_channels
 from nnunet_oneshot.distillation.functional import mask_patches, reconstruction_loss, scale_gradient
 from nnunet_oneshot.distillation.hints import HINTS
+from nnunet_oneshot.unet import as_unet
 
 
 def build_teacher(configuration_manager: ConfigurationManager, num_channels: int) -> nn.Module:
@@ -74,12 +76,14 @@ class Distiller(nn.Module):
         self.config = config
         self._features = features
         channels = feature_channels(teacher)[: config.levels]
-        conv_op = teacher.encoder.conv_op
+        conv_op = as_unet(teacher).encoder.conv_op
         self.projections = nn.ModuleList(
             FeatureProjection(conv_op, number) if HINTS[config.hint].projects else nn.Identity() for number in channels
         )
 
-    def follow(self, averaged: nn.Module) -> None:
+    averaged: AveragedModel
+
+    def follow(self, averaged: AveragedModel) -> None:
         """Keeps the average of a student's weights, which is saved with the teacher."""
         self.averaged = averaged
 

@@ -167,7 +167,7 @@ def _methods(names: Sequence[str] | None, prepared: PreparedDataset, log: Callab
     for name in dict.fromkeys(names or default_methods()):
         method = parse_method(name)
         try:
-            if method.propagation in REGISTRATION_METHODS:
+            if method.propagation is not None and method.propagation in REGISTRATION_METHODS:
                 REGISTRATION_METHODS[method.propagation].require()
             if method.base == CEILING and set(prepared.labelled) != set(prepared.identifiers):
                 raise OneShotError(

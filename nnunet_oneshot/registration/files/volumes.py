@@ -79,15 +79,14 @@ def read_volume(files: str | Sequence[str], role: str) -> Volume:
         files = [files] if Path(files).exists() else [part.strip() for part in files.split(",") if part.strip()]
     if not files:
         raise OneShotError(f"No file of the {role} image is given.")
-    channels: list[np.ndarray] = []
-    first: sitk.Image | None = None
-    for path in files:
+    first = _read(files[0], f"{role} image")
+    channels = [_array(first)]
+    for path in files[1:]:
         image = _read(path, f"{role} image")
-        if first is not None and (difference := _grid_difference(image, first)):
+        if difference := _grid_difference(image, first):
             raise OneShotError(
                 f"{path}: {difference} of {files[0]}. All channels of the {role} image must lie on one grid."
             )
-        first = first or image
         channels.append(_array(image))
     array = np.concatenate(channels)
     if (
@@ -200,12 +199,12 @@ def _grid_difference(image: sitk.Image, reference: sitk.Image) -> str:
     """How the grids of two images differ, or an empty string."""
     if image.GetSize() != reference.GetSize():
         return f"size {image.GetSize()} differs from size {reference.GetSize()}"
-    spacing = np.array(reference.GetSpacing())
+    spacing = reference.GetSpacing()
     if not np.allclose(image.GetSpacing(), spacing, rtol=1e-3, atol=0):
         return f"spacing {_rounded(image.GetSpacing())} mm differs from {_rounded(spacing)} mm"
     if not np.allclose(image.GetDirection(), reference.GetDirection(), atol=1e-2):
         return f"direction {_rounded(image.GetDirection())} differs from {_rounded(reference.GetDirection())}"
-    if np.linalg.norm(np.subtract(image.GetOrigin(), reference.GetOrigin())) > 0.1 * spacing.max():
+    if np.linalg.norm(np.subtract(image.GetOrigin(), reference.GetOrigin())) > 0.1 * max(spacing):
         return f"origin {_rounded(image.GetOrigin())} mm differs from {_rounded(reference.GetOrigin())} mm"
     return ""
 

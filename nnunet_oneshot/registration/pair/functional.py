@@ -76,7 +76,9 @@ def downsample(image: Tensor, shape: Sequence[int]) -> Tensor:
     """Area average of (B, C, *grid) onto (B, C, *shape)."""
     if tuple(image.shape[2:]) == tuple(shape):
         return image
-    return F.adaptive_avg_pool2d(image, shape) if image.ndim == 4 else F.adaptive_avg_pool3d(image, shape)
+    if image.ndim == 4:
+        return F.adaptive_avg_pool2d(image, (shape[0], shape[1]))
+    return F.adaptive_avg_pool3d(image, (shape[0], shape[1], shape[2]))
 
 
 def scale_vectors(field: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
@@ -163,7 +165,10 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     j = [[columns[k][:, i] + float(i == k) for k in range(dim)] for i in range(dim)]
     if dim == 2:
         return j[0][0] * j[1][1] - j[0][1] * j[1][0]
-    return sum(j[0][k] * (j[1][m] * j[2][n] - j[1][n] * j[2][m]) for k, m, n in ((0, 1, 2), (1, 2, 0), (2, 0, 1)))
+    first, *others = (
+        j[0][k] * (j[1][m] * j[2][n] - j[1][n] * j[2][m]) for k, m, n in ((0, 1, 2), (1, 2, 0), (2, 0, 1))
+    )
+    return sum(others, first)
 
 
 def folding(displacement: Tensor) -> Tensor:

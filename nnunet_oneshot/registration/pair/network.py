@@ -21,6 +21,7 @@ from nnunet_oneshot.registration.pair.functional import (
 )
 from nnunet_oneshot.registration.pair.pyramid import velocity_shape
 from nnunet_oneshot.registration.pair.similarities import similarity_loss
+from nnunet_oneshot.unet import as_unet
 
 
 class RegistrationNetwork(nn.Module):
@@ -39,15 +40,16 @@ class RegistrationNetwork(nn.Module):
     def __init__(self, unet: nn.Module, dim: int) -> None:
         super().__init__()
         self.unet = unet
+        encoder, decoder = as_unet(unet).encoder, as_unet(unet).decoder
         convolution = nn.Conv2d if dim == 2 else nn.Conv3d
-        self.join = nn.ModuleList(convolution(2 * width, width, 1) for width in self.unet.encoder.output_channels)
-        head = self.unet.decoder.seg_layers[-1]
+        self.join = nn.ModuleList(convolution(2 * width, width, 1) for width in encoder.output_channels)
+        head = decoder.seg_layers[-1]
         nn.init.normal_(head.weight, std=1e-5)
         nn.init.zeros_(head.bias)
         self.divisor = [1] * dim
-        for stride in self.unet.encoder.strides:
-            stride = [stride] * dim if isinstance(stride, int) else stride
-            self.divisor = [d * s for d, s in zip(self.divisor, stride, strict=True)]
+        for stride in encoder.strides:
+            strides = [stride] * dim if isinstance(stride, int) else stride
+            self.divisor = [d * s for d, s in zip(self.divisor, strides, strict=True)]
 
     def forward(self, atlas: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Velocity of each pair, and the features the contrastive term compares.
@@ -65,11 +67,11 @@ class RegistrationNetwork(nn.Module):
             # Instance normalisation needs more than one voxel at the bottleneck.
             padding += [0, max(-(-size // divisor), 2) * divisor - size]
         atlas, fixed = (F.pad(image, padding, mode="constant") for image in (atlas, fixed))
-        atlas_skips, fixed_skips = self.unet.encoder(atlas), self.unet.encoder(fixed)
+        encoder, decoder = as_unet(self.unet).encoder, as_unet(self.unet).decoder
+        atlas_skips, fixed_skips = encoder(atlas), encoder(fixed)
         joined = [join(torch.cat(pair, dim=1)) for join, *pair in zip(self.join, atlas_skips, fixed_skips, strict=True)]
-        velocity = self.unet.decoder(joined)
-        velocity = velocity[(slice(None), slice(None), *(slice(0, n) for n in shape))]
-        return velocity, atlas_skips[-1].flatten(2).mean(2), fixed_skips[-1].flatten(2).mean(2)
+        inside = (slice(None), slice(None), *(slice(0, n) for n in shape))
+        return decoder(joined)[inside], atlas_skips[-1].flatten(2).mean(2), fixed_skips[-1].flatten(2).mean(2)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Labelled training patches made from registrations of the atlas: deformation, appearance, mirroring, data loader."""

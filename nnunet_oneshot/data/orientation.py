@@ -1,0 +1,115 @@
+"""How the axes of an array lie in the scanner's space, from what nnU-Net's readers keep of the header.
+
+Vocabulary:
+    axes: (3, 3) orthonormal matrix. Column k is the direction in which index k of an array grows, in the patient space
+        of the file (LPS), components in the order (z, y, x). Files whose header tells no direction have the identity.
+    order: the signed permutation nearest to the axes, as a permutation and flips that bring an array into the order in
+        which its indices grow towards z, y and x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Cosines; directions that differ by less, about one degree, are taken for equal.
+_TOLERANCE = 0.02
+
+
+def axes_of(properties: Mapping[str, Any], transpose: Sequence[int] = (0, 1, 2)) -> np.ndarray:
+    """Directions of the axes of an array.
+
+    Args:
+        properties: What nnU-Net's readers give for a case.
+        transpose: nnU-Net's ``transpose_forward`` where the array is preprocessed: its axis k is axis ``transpose[k]``
+            of the array as read.
+
+    Returns:
+        (3, 3), see the module.
+    """
+    matrix = np.eye(3)
+    if "sitk_stuff" in properties:
+        direction = np.asarray(properties["sitk_stuff"]["direction"], float)
+        if direction.size == 9:
+            matrix = direction.reshape(3, 3)
+    elif "nibabel_stuff" in properties:
+        stuff = properties["nibabel_stuff"]
+        affine = np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]), float)
+        # NIfTI's world is RAS.
+        matrix = np.diag([-1.0, -1.0, 1.0]) @ affine[:3, :3]
+    return _orthonormal(matrix[::-1, ::-1])[:, list(transpose)]
+
+
+def order_of(axes: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The permutation and the flips that bring an array into the common order.
+
+    Args:
+        axes: (3, 3), see `axes_of`.
+
+    Returns:
+        Axes of the array in the order z, y, x, and those of the result that are to be reversed.
+    """
+    remaining, permutation, flips = [0, 1, 2], [0, 0, 0], []
+    # The clearest axes are assigned first, so that each is assigned once whatever the angle.
+    for direction, axis in sorted(np.ndindex(3, 3), key=lambda place: -abs(axes[place])):
+        if axis in remaining and direction not in [d for d, _ in flips]:
+            remaining.remove(axis)
+            permutation[direction] = axis
+            flips.append((direction, axes[direction, axis] < 0))
+    return tuple(permutation), tuple(sorted(direction for direction, reverse in flips if reverse))
+
+
+def in_common_order(volume: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """A view of a volume (C, X, Y, Z) whose indices grow towards z, y and x as nearly as may be."""
+    permutation, flips = order_of(axes)
+    moved = volume.transpose(0, *(axis + 1 for axis in permutation))
+    return np.flip(moved, [axis + 1 for axis in flips]) if flips else moved
+
+
+def name_of(axes: np.ndarray) -> str:
+    """The directions in which an array's axes grow, as viewers name them, such as ``SPL``."""
+    names = (("I", "S"), ("A", "P"), ("R", "L"))
+    permutation, flips = order_of(axes)
+    letters = {axis: names[direction][direction not in flips] for direction, axis in enumerate(permutation)}
+    return "".join(letters[axis] for axis in range(3))
+
+
+def aligned_by_headers(
+    fixed_axes: np.ndarray,
+    moving_axes: np.ndarray,
+    *,
+    fixed: tuple[Sequence[int], Sequence[float]],
+    moving: tuple[Sequence[int], Sequence[float]],
+) -> np.ndarray | None:
+    """The map fixed voxel -> moving voxel in which directions agree and the middles of both volumes lie on each other.
+
+    Positions in the headers play no part: different subjects share no origin.
+
+    Args:
+        fixed_axes: (3, 3), see `axes_of`.
+        moving_axes: Those of the other volume.
+        fixed: Shape and voxel edges (mm) of the fixed volume.
+        moving: Those of the other volume.
+
+    Returns:
+        (4, 4), or None where the axes of both volumes point alike.
+    """
+    rotation = moving_axes.T @ fixed_axes
+    if np.allclose(rotation, np.eye(3), atol=_TOLERANCE):
+        return None
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation * np.asarray(fixed[1], float)[None] / np.asarray(moving[1], float)[:, None]
+    centres = [(np.asarray(shape, float) - 1) / 2 for shape, _ in (fixed, moving)]
+    matrix[:3, 3] = centres[1] - matrix[:3, :3] @ centres[0]
+    return matrix
+
+
+def _orthonormal(matrix: np.ndarray) -> np.ndarray:
+    """The orthonormal matrix nearest to one whose columns may have lengths or be sheared (polar decomposition)."""
+    lengths = np.linalg.norm(matrix, axis=0)
+    if not np.all(np.isfinite(matrix)) or np.any(lengths < 1e-12):
+        return np.eye(3)
+    left, _, right = np.linalg.svd(matrix / lengths)
+    return left @ right

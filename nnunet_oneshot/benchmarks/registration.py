@@ -25,6 +25,7 @@ from nnunet_oneshot.benchmarks.registration_summary import summarise, summary_ma
 from nnunet_oneshot.benchmarks.registration_worker import Worker
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.atlas import check_labelled, resolve_atlases
+from nnunet_oneshot.data.orientation import edges_in_common_order, in_common_order
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError, exit_status
@@ -166,10 +167,15 @@ class _Pair:
 
     @classmethod
     def load(cls, prepared: PreparedDataset, atlas: str, case: str) -> _Pair:
-        segmentation = prepared.segmentation(atlas)
+        # Methods know no headers: they get the atlas in the order of the case's axes.
+        turned = prepared.axes(case).T @ prepared.axes(atlas)
+        segmentation = in_common_order(prepared.segmentation(atlas), turned)
         return cls(
             case=(prepared.registration_image(case), prepared.spacing(case)),
-            atlas=(prepared.registration_image(atlas), prepared.spacing(atlas)),
+            atlas=(
+                np.ascontiguousarray(in_common_order(prepared.registration_image(atlas), turned)),
+                edges_in_common_order(prepared.spacing(atlas), turned),
+            ),
             case_segmentation=prepared.segmentation(case),
             atlas_segmentation=segmentation,
             labels={n: value for n, value in prepared.score_labels().items() if np.isin(segmentation, value).any()},
@@ -262,7 +268,7 @@ def choose_pairs(
     if atlases:
         check_labelled(atlases, prepared.identifiers, prepared.labelled, "given with --atlas")
     else:
-        choice = resolve_atlases(prepared.base, config, own, prepared.image)
+        choice = resolve_atlases(prepared.base, config, own, prepared.image_in_common_order)
         log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
         atlases = choice.atlases
     if cases is None:

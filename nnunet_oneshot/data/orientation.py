@@ -68,6 +68,11 @@ def in_common_order(volume: np.ndarray, axes: np.ndarray) -> np.ndarray:
     return np.flip(moved, [axis + 1 for axis in flips]) if flips else moved
 
 
+def edges_in_common_order(spacing: Sequence[float], axes: np.ndarray) -> tuple[float, ...]:
+    """The voxel edges of what `in_common_order` gives."""
+    return tuple(spacing[axis] for axis in order_of(axes)[0])
+
+
 def name_of(axes: np.ndarray) -> str:
     """The directions in which an array's axes grow, as viewers name them, such as ``SPL``."""
     names = (("I", "S"), ("A", "P"), ("R", "L"))
@@ -96,14 +101,20 @@ def aligned_by_headers(
     Returns:
         (4, 4), or None where the axes of both volumes point alike.
     """
-    rotation = moving_axes.T @ fixed_axes
-    if np.allclose(rotation, np.eye(3), atol=_TOLERANCE):
+    rotation = relative_rotation(fixed_axes, moving_axes)
+    if rotation is None:
         return None
     matrix = np.eye(4)
     matrix[:3, :3] = rotation * np.asarray(fixed[1], float)[None] / np.asarray(moving[1], float)[:, None]
     centres = [(np.asarray(shape, float) - 1) / 2 for shape, _ in (fixed, moving)]
     matrix[:3, 3] = centres[1] - matrix[:3, :3] @ centres[0]
     return matrix
+
+
+def relative_rotation(fixed_axes: np.ndarray, moving_axes: np.ndarray) -> np.ndarray | None:
+    """How the axes of one array are turned against those of another, (3, 3); None where they point alike."""
+    rotation = moving_axes.T @ fixed_axes
+    return None if np.allclose(rotation, np.eye(3), atol=_TOLERANCE) else rotation
 
 
 def _orthonormal(matrix: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
+from nnunet_oneshot.data.orientation import aligned_by_headers, axes_of, in_common_order
 from nnunet_oneshot.data.outline import restore_outline
 from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
 from nnunet_oneshot.data.raw import dataset_name
@@ -125,7 +127,7 @@ class PreparedDataset:
         """Names of all preprocessed cases, sorted."""
         return sorted(self.cases.identifiers)
 
-    @cached_property
+    @property
     def labelled(self) -> list[str]:
         """The cases that have a file in ``gt_segmentations``, sorted. No label is opened."""
         return [case for case in self.identifiers if (self.labels_folder / f"{case}{self.file_ending}").is_file()]
@@ -164,6 +166,32 @@ class PreparedDataset:
         if self._has_three_edges:
             return target
         return (float(properties["spacing"][self.plans_manager.transpose_forward[0]]), *target)
+
+    def axes(self, case: str) -> np.ndarray:
+        """(3, 3), where the axes of the preprocessed image point; see `nnunet_oneshot.data.orientation`."""
+        return self.axes_of(self.properties(case))
+
+    def axes_of(self, properties: dict[str, Any]) -> np.ndarray:
+        """The same from the properties of a case."""
+        return axes_of(properties, self.plans_manager.transpose_forward)
+
+    def alignment(
+        self, case: str, atlas: str, case_shape: Sequence[int], atlas_shape: Sequence[int]
+    ) -> np.ndarray | None:
+        """The map case voxel -> atlas voxel, (4, 4), in which directions agree and the middles lie on each other.
+
+        None where the axes of both preprocessed images point alike.
+        """
+        return aligned_by_headers(
+            self.axes(case),
+            self.axes(atlas),
+            fixed=(case_shape, self.spacing(case)),
+            moving=(atlas_shape, self.spacing(atlas)),
+        )
+
+    def image_in_common_order(self, case: str) -> np.ndarray:
+        """The preprocessed image (C, X, Y, Z) with its axes in one order, whatever that of the file."""
+        return in_common_order(self.image(case), self.axes(case))
 
     def digest(self, case: str) -> str:
         """Checksum of the preprocessed image, its shape included."""

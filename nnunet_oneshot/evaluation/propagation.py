@@ -15,6 +15,7 @@ import torch
 
 from nnunet_oneshot.config import OneShotConfig, with_guide
 from nnunet_oneshot.data.atlas import resolve_atlases
+from nnunet_oneshot.data.orientation import aligned_by_headers, edges_in_common_order, in_common_order
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.devices import usable_device
@@ -85,7 +86,7 @@ def propagate(
     config = with_guide(OneShotConfig.from_plans(prepared.plans), guide)
     place = usable_device(device)
     own = prepared.fold(fold)
-    choice = resolve_atlases(prepared.base, config, own, prepared.image)
+    choice = resolve_atlases(prepared.base, config, own, prepared.image_in_common_order)
     log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
     out = Path(out).absolute()
     with writing(out):
@@ -195,8 +196,7 @@ class _Propagator:
         """Writes the segmentation of one preprocessed image (C, X, Y, Z) in its original grid."""
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
-        spacing = self.prepared.spacing_of(properties)
-        probabilities = np.mean([self._probabilities(atlas, case, image, spacing) for atlas in self.atlases], axis=0)
+        probabilities = np.mean([self._probabilities(atlas, case, image, properties) for atlas in self.atlases], axis=0)
         if self.method == "corrected":
             probabilities = self._corrected(probabilities, image)
         logits = probabilities_to_logits(probabilities, self.labels, self.prepared.label_manager)
@@ -222,11 +222,18 @@ class _Propagator:
         )
         return (corrected[0, 0].numpy() == np.arange(len(self.labels))[:, None, None, None]).astype(np.float32)
 
-    def _probabilities(self, atlas: str, case: str, image: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    def _probabilities(self, atlas: str, case: str, image: np.ndarray, properties: dict[str, Any]) -> np.ndarray:
         """Warped label masks (labels, X, Y, Z) of one atlas on a preprocessed image (C, X, Y, Z)."""
         atlas_image, atlas_segmentation, atlas_spacing = self.atlases[atlas]
         outlined = self.prepared.with_outline(image)
+        axes, spacing = self.prepared.axes_of(properties), self.prepared.spacing_of(properties)
         if self.method not in OWN_METHODS:
+            # Peers know no headers: they get the atlas in the order of the case's axes.
+            turned = axes.T @ self.prepared.axes(atlas)
+            atlas_image, atlas_segmentation = (
+                np.ascontiguousarray(in_common_order(volume, turned)) for volume in (atlas_image, atlas_segmentation)
+            )
+            atlas_spacing = edges_in_common_order(atlas_spacing, turned)
             metric = SIMILARITIES[self.settings.similarity].affine_metric
             options = MethodOptions(self.settings, metric, self.config.seed, device=str(self.device))
             register = REGISTRATION_METHODS[self.method].register
@@ -240,6 +247,12 @@ class _Propagator:
                 outlined,
                 atlas_spacing=atlas_spacing,
                 case_spacing=spacing,
+                initial=aligned_by_headers(
+                    axes,
+                    self.prepared.axes(atlas),
+                    fixed=(image.shape[1:], spacing),
+                    moving=(atlas_image.shape[1:], atlas_spacing),
+                ),
                 guide=self._guide(atlas_segmentation, image),
                 config=self.settings,
                 device=self.device,

@@ -46,7 +46,7 @@ def register(
     caches = []
     for name in folds:
         fold = prepared.fold(name)
-        choice = resolve_atlases(prepared.base, config, fold, prepared.image)
+        choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order)
         print(f"Fold {name}: atlas {', '.join(choice.atlases)} ({choice.how})")
         registrar = DatasetRegistrar(prepared, config, choice.atlases, place)
         cases = sorted({*fold.train, *fold.validation})

@@ -136,7 +136,10 @@ def _fit(
     @lru_cache(maxsize=_CACHED_PAIRS)
     def load_pair(index: int) -> tuple[Tensor, Tensor]:
         atlas, case = pairs[index]
-        aligned = registrars[atlas].align(prepared.registration_image(case), prepared.spacing(case))
+        image = prepared.registration_image(case)
+        registrar = registrars[atlas]
+        initial = prepared.alignment(case, atlas, image.shape[1:], registrar.atlas_shape)
+        aligned = registrar.align(image, prepared.spacing(case), initial=initial)
         return aligned.fixed, aligned.mask
 
     training = TrainingPairs(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import nnunet_oneshot
 from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.data.orientation import relative_rotation
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.devices import host_threads
 from nnunet_oneshot.io import writing
@@ -207,9 +208,15 @@ class _Pass:
             others = [case for case in cases if case != atlas]
             atlas_digest = digest(atlas) if others else ""
             for case in others:
-                content = json.dumps([self._parameters, atlas_digest, digest(case)], sort_keys=True)
+                parts = [self._parameters, atlas_digest, digest(case), *self._turned(atlas, case)]
+                content = json.dumps(parts, sort_keys=True)
                 keys[atlas, case] = hashlib.sha256(content.encode()).hexdigest()
         return keys
+
+    def _turned(self, atlas: str, case: str) -> list[Any]:
+        """What the headers add to the checksum of a pair: nothing where the axes of both images point alike."""
+        rotation = relative_rotation(*(self.registrar.prepared.axes(name) for name in (case, atlas)))
+        return [] if rotation is None else [rotation.round(3).tolist()]
 
     def _missing(self, keys: dict[tuple[str, str], str]) -> list[tuple[str, str]]:
         """The pairs that the cache lacks."""
@@ -239,7 +246,12 @@ class _Pass:
         images = [prepared.registration_image(case) for case in cases]
         known = [None if self.first is None else self.first.load(registrar.name, case) for case in cases]
         aligned = [
-            registrar.align(image, prepared.spacing(case), known=pair)
+            registrar.align(
+                image,
+                prepared.spacing(case),
+                initial=prepared.alignment(case, registrar.name, image.shape[1:], registrar.atlas_shape),
+                known=pair,
+            )
             for image, case, pair in zip(images, cases, known, strict=True)
         ]
         label_guide = None

@@ -62,8 +62,8 @@ def export_model(
         OneShotError: There is no such trained model, the target exists, or the predictions differ.
     """
     (results,) = require_env("nnUNet_results")
-    name = dataset_name(dataset, results)
     usable_device(device)
+    name = dataset_name(dataset, results)
     source = _trained_model(results / name, f"{trainer}__{plans_name}__{configuration}")
     folds = _finished_folds(source, folds)
     stock_name = f"{STOCK_TRAINER}__{plans_name}__{configuration}"

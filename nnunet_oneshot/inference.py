@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +50,32 @@ def build_predictor(
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type != "cpu", allow_tqdm=False)
-    predictor.manual_initialization(
-        network,
-        prepared.plans_manager,
-        prepared.configuration_manager,
-        [network.state_dict()],
-        prepared.dataset_json,
-        "",
-        mirror_axes,
-    )
+    # A network in memory serves a few images; compiling it costs more than it saves.
+    with _variable("nnUNet_compile", None):
+        predictor.manual_initialization(
+            network,
+            prepared.plans_manager,
+            prepared.configuration_manager,
+            [network.state_dict()],
+            prepared.dataset_json,
+            "",
+            mirror_axes,
+        )
     return predictor
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str | None) -> Iterator[None]:
+    """Sets an environment variable, or unsets it for None, for as long as the block lasts."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def load_predictor(folder: Path, folds: Sequence[str], device: str | torch.device):
@@ -73,19 +89,9 @@ def load_predictor(folder: Path, folds: Sequence[str], device: str | torch.devic
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     device = torch.device(device)
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = ext_trainer_value(before)
-    try:
-        # nnU-Net tells on the console where it looks for classes; here that is of no interest.
-        with contextlib.redirect_stdout(io.StringIO()):
-            predictor = nnUNetPredictor(
-                device=device, perform_everything_on_device=device.type != "cpu", allow_tqdm=False
-            )
-            predictor.initialize_from_trained_model_folder(str(folder), folds, CHECKPOINT)
-    finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
+    # nnU-Net tells on the console where it looks for classes; here that is of no interest.
+    with _variable(VARIABLE, ext_trainer_value(os.environ.get(VARIABLE))), contextlib.redirect_stdout(io.StringIO()):
+        predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type != "cpu", allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(folder), folds, CHECKPOINT)
     predictor.network.to(predictor.device)
     return predictor

@@ -48,6 +48,7 @@ class WarpingTrainer(OneShotTrainer):
             real_share=0.0,
             augment=False,
             oversample_foreground_percent=self.oversample_foreground_percent,
+            masked=self.configuration_manager.use_mask_for_norm,
         )
         build = partial(build_oneshot_loader, self.prepared, atlases=self.roles.atlases)
         progress = build(registrations, cases=self.roles.progress, settings=settings, seed=seeds[1])

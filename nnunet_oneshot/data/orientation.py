@@ -51,13 +51,14 @@ def order_of(axes: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
     Returns:
         Axes of the array in the order z, y, x, and those of the result that are to be reversed.
     """
-    remaining, permutation, flips = [0, 1, 2], [0, 0, 0], []
+    remaining, permutation = [0, 1, 2], [0, 0, 0]
+    flips: list[tuple[int, bool]] = []
     # The clearest axes are assigned first, so that each is assigned once whatever the angle.
     for direction, axis in sorted(np.ndindex(3, 3), key=lambda place: -abs(axes[place])):
         if axis in remaining and direction not in [d for d, _ in flips]:
             remaining.remove(axis)
             permutation[direction] = axis
-            flips.append((direction, axes[direction, axis] < 0))
+            flips.append((direction, bool(axes[direction, axis] < 0)))
     return tuple(permutation), tuple(sorted(direction for direction, reverse in flips if reverse))
 
 

@@ -12,6 +12,26 @@ _DARK = 1.0
 _NEARLY_ZERO = 1e-2
 
 
+def empty_space(image: np.ndarray, masked: Sequence[bool]) -> np.ndarray:
+    """Where masked normalisation left nothing: 0 in every masked channel, over at least three voxels along every axis.
+
+    Args:
+        image: (C, *shape) preprocessed image or a part of it.
+        masked: For each channel, whether the values of the nonzero region alone were normalised.
+
+    Returns:
+        (*shape) bool; False everywhere where no channel is masked.
+    """
+    channels = np.flatnonzero(masked)
+    if len(channels) == 0:
+        return np.zeros(image.shape[1:], bool)
+    empty = (np.abs(image[channels]) < _NEARLY_ZERO).all(0)
+    block = np.ones([min(3, size) for size in empty.shape])
+    # Beyond the border of a part of an image it may go on.
+    wide = ndimage.binary_erosion(empty, block, border_value=1)
+    return ndimage.binary_dilation(wide, np.ones([3] * empty.ndim)) & empty
+
+
 def restore_outline(image: np.ndarray, masked: Sequence[bool]) -> np.ndarray:
     """Makes the outside of an object darker than the object again.
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from nnunet_oneshot.intensities import standardised
+
 _EDGE = 24
 _BLUR = 1.0
 
 
 def pool_volume(volume: np.ndarray) -> np.ndarray:
-    """Averages a volume over a grid of 24 cells an axis, whatever its shape, so that volumes can be compared.
+    """Averages a standardised volume over a grid of 24 cells an axis, so that volumes of any shape can be compared.
 
     Stretching every (cropped) volume to one grid takes the place of aligning size and position.
 
@@ -24,7 +26,7 @@ def pool_volume(volume: np.ndarray) -> np.ndarray:
     import torch
 
     x, y, z = (1 if size == 1 else _EDGE for size in volume.shape[1:])
-    tensor = torch.as_tensor(np.ascontiguousarray(volume, dtype=np.float32))[None]
+    tensor = torch.from_numpy(standardised(volume))[None]
     return torch.nn.functional.adaptive_avg_pool3d(tensor, (x, y, z))[0].numpy()
 
 

@@ -193,7 +193,9 @@ def _binned(values: Tensor) -> Tensor:
     ordered = values.sort().values
     outer = int(_OUTER_SHARE * (len(ordered) - 1))
     low, high = ordered[outer], ordered[-1 - outer]
-    return ((values - low) / (high - low).clamp_min(1e-8) * _BINS).long().clamp(0, _BINS - 1)
+    # Relative to the values, whatever their unit; all of one value share a bin.
+    width = (high - low).clamp_min(torch.finfo(values.dtype).tiny)
+    return ((values - low) / width * _BINS).clamp(0, _BINS - 1).long()
 
 
 def _histograms(counts: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from nnunet_oneshot.synthesis.sampler import (
     draw_deformation,
     in_all_channels,
     sample_patch,
+    with_own_mask,
 )
 from nnunet_oneshot.synthesis.spatial import patch_coordinates, split_spatial
 
@@ -47,6 +48,7 @@ class PatchSettings:
         real_share: Probability that data is the real image with the warped label rather than the warped atlas.
         augment: Whether deformation and appearance are varied.
         oversample_foreground_percent: Share of samples that must hold foreground, as in nnU-Net.
+        masked: For each channel, whether masked normalisation was used (``use_mask_for_norm`` of the plans).
     """
 
     batch_size: int
@@ -57,6 +59,7 @@ class PatchSettings:
     real_share: float
     augment: bool
     oversample_foreground_percent: float
+    masked: Sequence[bool] = ()
 
 
 class OneShotDataLoader(nnUNetDataLoader):
@@ -143,7 +146,9 @@ class OneShotDataLoader(nnUNetDataLoader):
         points = patch_coordinates(corner, self.patch_size, self.final_patch_size, self.spatial)
         data = self._data.load_case(case)[0]
         patch = sample_patch(points, deformation, atlas, lambda box: data[in_all_channels(box)])
-        if augment:
+        if from_real:
+            patch = with_own_mask(patch, self.settings.masked)
+        elif augment:
             patch = apply_appearance(patch, self.settings.synthesis)
         image = patch.real.clone() if from_real else patch.synthetic
         sample = {"image": image, "segmentation": patch.seg, "regression_target": patch.real}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnunet_oneshot.config import SynthesisConfig
+from nnunet_oneshot.data.outline import empty_space
 from nnunet_oneshot.registration.pair.functional import sample_at, transform_points
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.warp import deform_points, displacement_of, sample_labels
@@ -148,6 +149,25 @@ def sample_patch(
 def in_all_channels(box: tuple[slice, ...]) -> tuple[slice, ...]:
     """The index of a box (3 slices) in a volume (C, X, Y, Z)."""
     return (slice(None), *box)
+
+
+def with_own_mask(patch: Patch, masked: Sequence[bool]) -> Patch:
+    """A patch whose label is -1 where its own real image is empty, and no longer where the warped atlas is.
+
+    nnU-Net's augmentation sets masked channels to 0 where the label is -1. For a patch that shows the real image that
+    must be the empty space of this image, as at inference.
+
+    Args:
+        patch: The patch.
+        masked: For each channel, whether the values of the nonzero region alone were normalised.
+    """
+    if not any(masked):
+        return patch
+    seg = patch.seg.clone()
+    seg[seg < 0] = 0
+    empty = torch.from_numpy(empty_space(patch.real.numpy(), masked))
+    seg[0][empty & (seg[0] == 0)] = -1
+    return Patch(patch.synthetic, patch.real, seg)
 
 
 def apply_appearance(patch: Patch, config: SynthesisConfig) -> Patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -267,6 +268,28 @@ def test_a_student_in_training_is_copied(student):
     assert np.allclose(guide.probabilities(image)[inner], expected, atol=5e-3)
     assert not np.allclose(copied().probabilities(image)[inner], expected, atol=0.1)
     assert guide.digest == digest != copied().digest
+
+
+def test_a_student_in_training_is_not_compiled(student, monkeypatch):
+    from torch._dynamo import OptimizedModule
+
+    dataset, _ = student(n_cases=3)
+    prepared = opened(dataset)
+    settings = prepared.configuration_manager
+    network = get_network_from_plans(
+        settings.network_arch_class_name,
+        settings.network_arch_init_kwargs,
+        settings.network_arch_init_kwargs_req_import,
+        1,
+        prepared.label_manager.num_segmentation_heads,
+        deep_supervision=True,
+    )
+    monkeypatch.setenv("nnUNet_compile", "true")
+    guide = StudentInTraining(
+        network, prepared, mirror_axes=None, device=torch.device("cpu"), precision="float32", trust=np.ones(2)
+    )
+    assert not isinstance(guide._predictor.network, OptimizedModule)
+    assert os.environ["nnUNet_compile"] == "true"
 
 
 def test_models_that_do_not_fit_are_refused(student, capsys, tmp_path):

@@ -17,7 +17,7 @@ from nnunet_oneshot.synthesis.functional import (
     random_velocity,
     transfer_appearance,
 )
-from nnunet_oneshot.synthesis.sampler import Atlas, case_location, draw_deformation, sample_patch
+from nnunet_oneshot.synthesis.sampler import Atlas, Patch, case_location, draw_deformation, sample_patch, with_own_mask
 
 SHAPE = (20, 22, 18)
 ALWAYS = SynthesisConfig(p_scale=1, p_mix=1, p_random=1, random_magnitude=1.0)
@@ -157,3 +157,29 @@ def test_local_difference_of_a_constant_offset_is_that_offset():
     mask = torch.ones(SHAPE, dtype=torch.bool)
     difference = local_appearance_difference(image, image + 2, mask, smoothness=3.0)
     assert torch.allclose(difference, torch.full_like(image, 2.0), atol=1e-4)
+
+
+def masked_patch():
+    """A real image that is empty in one half, under a label of an atlas that is empty in a quarter elsewhere."""
+    real = smooth_image() + 5
+    real[:, :, :11] = 0
+    seg = np.zeros((1, *SHAPE), np.int16)
+    seg[:, :5], seg[:, 8:12, 8:14] = -1, 1
+    return Patch(torch.zeros(1, *SHAPE), torch.from_numpy(real), torch.from_numpy(seg))
+
+
+def test_a_real_patch_is_masked_where_its_own_image_is_empty():
+    seg = with_own_mask(masked_patch(), [True]).seg[0]
+    assert (seg[:5, 11:] == 0).all()
+    assert (seg[:, :11][masked_patch().seg[0][:, :11] != 1] == -1).all()
+    assert torch.equal(seg == 1, masked_patch().seg[0] == 1)
+
+
+def test_without_masked_normalisation_the_label_stays():
+    assert torch.equal(with_own_mask(masked_patch(), [False]).seg, masked_patch().seg)
+
+
+def test_single_voxels_near_zero_are_no_empty_space():
+    patch = masked_patch()
+    patch.real[:, :, 15] += -patch.real[:, :, 15]
+    assert (with_own_mask(patch, [True]).seg[0][5:8, 15] == 0).all()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import SimpleITK as sitk
 
+from nnunet_oneshot.intensities import standardised
+
 # Enough voxels for a 12-parameter transform; more only cost time.
 _FINEST_VOXELS = 250_000
 # A map that stretches any direction by more than this, or shrinks it by as much, has lost its way.
@@ -70,7 +72,7 @@ def register_affine(
     results.
 
     Args:
-        fixed: (C, *shape) image with D = 2 or 3 spatial axes; channels are averaged after z-scoring.
+        fixed: (C, *shape) image with D = 2 or 3 spatial axes; channels are averaged on one scale of intensities.
         moving: (C, *shape), any grid.
         fixed_spacing: D voxel edges of ``fixed``, mm, array axis order.
         moving_spacing: D voxel edges of ``moving``, mm, array axis order.
@@ -176,13 +178,12 @@ def _order(value: float) -> float:
 
 
 def _to_sitk(image: np.ndarray, frame: np.ndarray) -> sitk.Image:
-    """Mean of the z-scored channels as a SimpleITK image of at most ``_FINEST_VOXELS`` voxels.
+    """Mean of the standardised channels as a SimpleITK image of at most ``_FINEST_VOXELS`` voxels.
 
     ``frame`` (D + 1, D + 1) maps voxels to mm, both in array axis order.
     """
     dim = image.ndim - 1
-    channels = [(c - c.mean()) / max(float(c.std()), 1e-6) for c in np.asarray(image, np.float32)]
-    result = sitk.GetImageFromArray(np.asarray(np.mean(channels, axis=0, dtype=np.float32)))
+    result = sitk.GetImageFromArray(np.asarray(np.mean(standardised(image), axis=0, dtype=np.float32)))
     spacing = np.linalg.norm(frame[:dim, :dim], axis=0)
     result.SetSpacing(spacing[::-1].tolist())
     result.SetDirection((frame[:dim, :dim] / spacing)[::-1, ::-1].ravel().tolist())

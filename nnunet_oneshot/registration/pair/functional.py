@@ -12,6 +12,7 @@ D is the number of spatial axes, 2 or 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -73,12 +74,28 @@ def resize(field: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def downsample(image: Tensor, shape: Sequence[int]) -> Tensor:
-    """Area average of (B, C, *grid) onto (B, C, *shape)."""
-    if tuple(image.shape[2:]) == tuple(shape):
-        return image
-    if image.ndim == 4:
-        return F.adaptive_avg_pool2d(image, (shape[0], shape[1]))
-    return F.adaptive_avg_pool3d(image, (shape[0], shape[1], shape[2]))
+    """Area average of (B, C, *grid) onto (B, C, *shape): each voxel is the mean of what it covers, to parts of voxels.
+
+    Adaptive pooling would round the borders of a voxel to whole voxels where sizes do not divide.
+    """
+    if all(size % target == 0 for size, target in zip(image.shape[2:], shape, strict=True)):
+        if image.ndim == 4:
+            return F.adaptive_avg_pool2d(image, (shape[0], shape[1]))
+        return F.adaptive_avg_pool3d(image, (shape[0], shape[1], shape[2]))
+    for axis, target in enumerate(shape, start=2):
+        if image.shape[axis] != target:
+            weights = _area_weights(image.shape[axis], target).to(image)
+            image = torch.tensordot(image, weights, dims=([axis], [0])).movedim(-1, axis)
+    return image
+
+
+@lru_cache(maxsize=256)
+def _area_weights(size: int, target: int) -> Tensor:
+    """(size, target), the share of each coarse cell that each fine one fills; columns sum to 1."""
+    edges = torch.arange(target + 1, dtype=torch.float64) * (size / target)
+    lower = torch.arange(size, dtype=torch.float64)[:, None]
+    overlap = torch.minimum(edges[1:], lower + 1) - torch.maximum(edges[:-1], lower)
+    return (overlap.clamp_min(0) / (size / target)).float()
 
 
 def scale_vectors(field: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:

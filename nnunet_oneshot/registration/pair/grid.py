@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunet_oneshot.intensities import standardised
 from nnunet_oneshot.registration.pair.functional import downsample, identity_grid, sample_at, transform_points
 
 # An axis is not thinned out below this.
@@ -49,7 +50,7 @@ class RegistrationGrid:
 
     def atlas_image(self, atlas: np.ndarray) -> Tensor:
         """The z-scored atlas (C, *atlas_shape) on this grid, (1, C, *shape)."""
-        return downsample(_z_scored(atlas), self.shape)
+        return downsample(_as_tensor(atlas), self.shape)
 
     def fixed_image(self, case: np.ndarray, affine: np.ndarray) -> tuple[Tensor, Tensor]:
         """A case brought onto this grid by the affine registration.
@@ -62,7 +63,7 @@ class RegistrationGrid:
             Image (1, C, *shape), and mask (1, 1, *shape) that is 1 where the case was observed.
         """
         sizes = torch.tensor(case.shape[1:], dtype=torch.float32).view(1, -1, *[1] * (case.ndim - 1))
-        source = _z_scored(case)
+        source = _as_tensor(case)
         image = torch.empty(1, len(case), *self.atlas_shape)
         inside = torch.empty(1, 1, *self.atlas_shape)
         for slab, points in self._places(affine):
@@ -110,9 +111,6 @@ class RegistrationGrid:
             yield slice(start, start + thickness), transform_points(inverse, places[None])
 
 
-def _z_scored(image: np.ndarray) -> Tensor:
-    """(C, *shape) with every channel z-scored, as (1, C, *shape) float32."""
-    tensor = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
-    flat = tensor.flatten(1)
-    shape = (-1, *[1] * (tensor.ndim - 1))
-    return ((tensor - flat.mean(1).view(shape)) / flat.std(1).clamp_min(1e-6).view(shape))[None]
+def _as_tensor(image: np.ndarray) -> Tensor:
+    """(C, *shape) on one scale of intensities, as (1, C, *shape) float32."""
+    return torch.from_numpy(standardised(image))[None]

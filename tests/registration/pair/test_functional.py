@@ -210,3 +210,25 @@ def test_folds_are_smoothed_where_they_are(shape):
     assert torch.equal(result[0], both[0])
     assert fn.folding(fn.integrate_velocity(result, steps=7)).max() == 0
     assert torch.equal(result[1, :, -3:], both[1, :, -3:])
+
+
+@pytest.mark.parametrize(("size", "target"), [(60, 54), (60, 20), (7, 3), (5, 4), (3, 7)])
+def test_downsampling_averages_what_a_voxel_covers(size, target):
+    """The mean of a linear ramp over a voxel is its value in the middle of the voxel."""
+    for axis in range(3):
+        shape = [4, 4, 4]
+        shape[axis] = size
+        fine = (torch.arange(size) + 0.5).view([-1 if a == axis else 1 for a in range(3)]).expand(shape)
+        coarse_shape = [target if a == axis else 4 for a in range(3)]
+        found = fn.downsample(fine[None, None].contiguous(), coarse_shape)[0, 0]
+        middles = (torch.arange(target) + 0.5) * size / target
+        expected = middles.view([-1 if a == axis else 1 for a in range(3)]).expand(coarse_shape)
+        if target < size:
+            # A ramp within the fine voxels would give the middles; constant voxels differ by a bounded amount.
+            assert (found - expected).abs().max() < 0.25
+        assert found.sum() * size / target == pytest.approx(float(fine.sum()), rel=1e-5)
+
+
+def test_downsampling_of_parts_of_voxels_is_exact():
+    found = fn.downsample(torch.tensor([[[[1.0, 2.0, 4.0], [1.0, 2.0, 4.0]]]]), (2, 2))
+    assert found[0, 0, 0].tolist() == pytest.approx([(1 + 0.5 * 2) / 1.5, (0.5 * 2 + 4) / 1.5])

@@ -139,7 +139,7 @@ def field_error(registration, velocity):
     return (found - known - identity_grid(known.shape[1:])).norm(dim=0)
 
 
-@pytest.mark.parametrize("shape", [(1, 40, 36), (28, 26, 24)])
+@pytest.mark.parametrize("shape", [(1, 40, 36), (32, 30, 28)])
 def test_known_smooth_deformation_is_recovered(shape):
     atlas = blobs(shape[shape[0] == 1 :] if shape[0] == 1 else shape)
     dim = atlas.ndim - 1
@@ -305,3 +305,22 @@ def test_similarity_at_labels_is_that_of_their_surroundings():
     assert at_low.quality["similarity_at_labels"] > 0.8 > 0.5 > at_high.quality["similarity_at_labels"]
     assert "similarity_at_labels" not in without.quality
     assert np.array_equal(at_low.velocity, without.velocity)
+
+
+@pytest.mark.parametrize("change", ["1e-9", "1e9", "offset", "hot voxel"])
+def test_registration_does_not_depend_on_the_scale_of_intensities(change):
+    atlas = blobs((24, 26, 22))
+    case = np.roll(atlas, (2, -1), axis=(1, 2))
+    changed = {
+        "1e-9": case * np.float32(1e-9),
+        "1e9": case * np.float32(1e9),
+        "offset": case + np.float32(1000),
+        "hot voxel": np.where(np.indices(case.shape).sum(0) == 3, np.float32(1e6), case),
+    }[change]
+    known = identity_grid(case.shape[1:]) - torch.tensor([2.0, -1.0, 0.0]).view(3, 1, 1, 1)
+    errors = []
+    for image in (case, changed):
+        found = atlas_coordinates(register_arrays(atlas, image, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1)))
+        errors.append((found - known).norm(dim=0)[4:-4, 4:-4, 4:-4].mean())
+    assert errors[0] < 0.5
+    assert errors[1] == pytest.approx(float(errors[0]), abs=0.1)

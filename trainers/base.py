@@ -128,6 +128,7 @@ class OneShotTrainer(nnUNetTrainer):
             load_atlas_segs=self._load_atlas_segs,
             load_images=self._load_images,
             ignore_label=self.label_manager.ignore_label,
+            mixed_orders=len(self.prepared.orders([*self.roles.atlases, *self.roles.unlabelled])) > 1,
         )
         self.print_to_log_file(sentence)
         # nnU-Net's predictor wants None rather than an empty tuple.

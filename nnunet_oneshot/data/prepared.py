@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
-from nnunet_oneshot.data.orientation import aligned_by_headers, axes_of, in_common_order
+from nnunet_oneshot.data.orientation import aligned_by_headers, axes_of, in_common_order, name_of
 from nnunet_oneshot.data.outline import restore_outline
 from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
 from nnunet_oneshot.data.raw import dataset_name
@@ -174,6 +174,13 @@ class PreparedDataset:
     def axes_of(self, properties: dict[str, Any]) -> np.ndarray:
         """The same from the properties of a case."""
         return axes_of(properties, self.plans_manager.transpose_forward)
+
+    def orders(self, cases: Sequence[str]) -> dict[str, list[str]]:
+        """The orders in which the axes of preprocessed images are stored, such as ``SPL``, each with its cases."""
+        found: dict[str, list[str]] = {}
+        for case in cases:
+            found.setdefault(name_of(self.axes(case)), []).append(case)
+        return found
 
     def alignment(
         self, case: str, atlas: str, case_shape: Sequence[int], atlas_shape: Sequence[int]

@@ -22,6 +22,7 @@ def decide_mirror_axes(
     load_atlas_segs: Callable[[], Sequence[np.ndarray]],
     load_images: Callable[[], tuple[Sequence[np.ndarray], Sequence[np.ndarray]]],
     ignore_label: int | None = None,
+    mixed_orders: bool = False,
 ) -> tuple[tuple[int, ...], str]:
     """The axes of the patch that are mirrored in training and at test time.
 
@@ -33,6 +34,8 @@ def decide_mirror_axes(
         load_images: Gives images of the atlases and of the unlabelled training cases, each (C, X, Y, Z); called for
             ``"auto"`` only.
         ignore_label: A label that marks unlabelled voxels.
+        mixed_orders: Whether the cases' arrays are stored in different axis orders. An axis of the patch is then any
+            axis of the subject: all are mirrored, or none where one of them exchanges labels.
 
     Returns:
         ``(axes, sentence)``: the axes, and what a log should say about them.
@@ -43,6 +46,11 @@ def decide_mirror_axes(
         return axes, f"Mirroring: axes {list(axes)}, as the plans say."
     offset = 3 - dim
     volume_axes = [axis + offset for axis in every]
+    if mixed_orders:
+        kept = allowed_mirror_axes(load_atlas_segs(), (0, 1, 2), ignore_label=ignore_label)
+        axes = every if len(kept) == 3 else ()
+        reason = "" if axes else ", and mirroring the atlas lays labels on other labels (left on right)"
+        return axes, f"Mirroring: axes {list(axes)}; the images are stored in different axis orders{reason}."
     keep_labels = allowed_mirror_axes(load_atlas_segs(), volume_axes, ignore_label=ignore_label)
     occur = occurring_mirror_axes(*load_images(), volume_axes)
     axes = tuple(axis for axis in every if axis + offset in keep_labels and axis + offset in occur)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nnunet_oneshot.synthesis.mirroring import allowed_mirror_axes, occurring_mirror_axes
+from nnunet_oneshot.synthesis.mirroring import allowed_mirror_axes, decide_mirror_axes, occurring_mirror_axes
 
 
 def box(seg, label, *slices):
@@ -91,3 +91,19 @@ def test_outside_and_ignore_label_are_background():
 def test_empty_atlas_and_flat_axis_allow_everything():
     assert allowed_mirror_axes([np.zeros((1, 5, 5), np.int16)], (1, 2)) == (1, 2)
     assert allowed_mirror_axes([pair()[None, 9:18:8]], (1, 2)) == (1, 2)
+
+
+def decided(segs, **options):
+    scans = [_scan(seed) for seed in range(3)]
+    return decide_mirror_axes(
+        "auto", dim=3, load_atlas_segs=lambda: segs, load_images=lambda: (scans[:1], scans[1:]), **options
+    )
+
+
+def test_in_mixed_axis_orders_every_axis_is_mirrored_or_none():
+    symmetric = box(np.zeros((24, 10, 10), np.int16), 1, (8, 16), (2, 8), (3, 7))
+    axes, sentence = decided([symmetric], mixed_orders=True)
+    assert axes == (0, 1, 2) and "different axis orders" in sentence
+    axes, sentence = decided([pair()], mixed_orders=True)
+    assert axes == () and "left on right" in sentence
+    assert 1 in decided([pair()])[0]

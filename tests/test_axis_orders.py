@@ -63,7 +63,8 @@ def test_orders_are_told_apart_and_mirroring_is_decided_for_all_axes(tiny_datase
 
     dataset = tiny_dataset(labelled="all", n_cases=6, shape=(18, 20, 22))
     mixed(dataset, tmp_path)
-    plan(dataset, capsys)
+    said = plan(dataset, capsys)
+    assert "different axis orders" in said and "case_03" in said and "NibabelIOWithReorient" in said
     prepared = PreparedDataset.open(dataset=dataset.id, plans_name=PLANS, configuration="3d_fullres")
     orders = prepared.orders(dataset.cases)
     assert len(orders) > 1 and sorted(case for cases in orders.values() for case in cases) == dataset.cases

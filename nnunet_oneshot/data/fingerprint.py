@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_oneshot.data.orientation import axes_of, in_common_order, name_of
 from nnunet_oneshot.data.parallel import run_on_cases
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.data.thumbnails import pool_volume
@@ -34,7 +35,8 @@ class CaseSurvey:
         shape: Shape (X, Y, Z) after cropping to nonzero voxels.
         spacing: mm, in the order of the axes.
         relative_size: Share of the voxels that cropping keeps.
-        thumbnail: See `nnunet_oneshot.data.thumbnails.pool_volume`.
+        thumbnail: See `nnunet_oneshot.data.thumbnails.pool_volume`; its axes lie in one order for all cases.
+        order: The order in which the file stores its axes, such as ``SPL``.
         warnings: For the user.
     """
 
@@ -42,6 +44,7 @@ class CaseSurvey:
     spacing: tuple[float, ...]
     relative_size: float
     thumbnail: np.ndarray
+    order: str
     warnings: list[str]
 
 
@@ -73,11 +76,13 @@ def _survey_case(case: str, files: list[str], reader_class: type, channel_names:
 
     image = read_image(case, files, reader_class, channel_names)
     cropped, _, _ = crop_to_nonzero(image.data)
+    axes = axes_of(image.properties)
     return CaseSurvey(
         shape=tuple(int(size) for size in cropped.shape[1:]),
         spacing=tuple(float(value) for value in image.properties["spacing"]),
         relative_size=float(np.prod(cropped.shape[1:]) / np.prod(image.data.shape[1:])),
-        thumbnail=pool_volume(cropped),
+        thumbnail=pool_volume(in_common_order(cropped, axes)),
+        order=name_of(axes),
         warnings=image.warnings,
     )
 

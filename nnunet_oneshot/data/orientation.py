@@ -82,6 +82,28 @@ def name_of(axes: np.ndarray) -> str:
     return "".join(letters[axis] for axis in range(3))
 
 
+def mixed_orders_note(orders: Mapping[str, str]) -> str | None:
+    """What a user should know of files in different axis orders, or None where all lie in one.
+
+    Args:
+        orders: Case -> the order of its axes, see `name_of`.
+    """
+    cases: dict[str, list[str]] = {}
+    for case, order in sorted(orders.items()):
+        cases.setdefault(order, []).append(case)
+    if len(cases) < 2:
+        return None
+    listed = "; ".join(
+        f"{order}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for order, names in sorted(cases.items(), key=lambda item: -len(item[1]))
+    )
+    return (
+        f"the files are stored in {len(cases)} different axis orders ({listed}). Registration starts from their "
+        f"headers. A reader that reorients makes the network's work easier: set "
+        f'"overwrite_image_reader_writer": "NibabelIOWithReorient" in dataset.json.'
+    )
+
+
 def aligned_by_headers(
     fixed_axes: np.ndarray,
     moving_axes: np.ndarray,

@@ -24,6 +24,7 @@ from nnunet_oneshot.data.fingerprint import (
     survey_images,
 )
 from nnunet_oneshot.data.options import Options, check_options
+from nnunet_oneshot.data.orientation import mixed_orders_note
 from nnunet_oneshot.data.parallel import default_processes, run_on_cases
 from nnunet_oneshot.data.preprocessing import preprocess_configuration
 from nnunet_oneshot.data.raw import RawDataset, find_dataset
@@ -135,6 +136,8 @@ class _Surveys:
             for survey in self._surveys.values():
                 for warning in survey.warnings:
                     self._log(f"Warning: {warning}")
+            if note := mixed_orders_note({case: survey.order for case, survey in self._surveys.items()}):
+                self._log(f"Note: {note}")
         return self._surveys
 
 

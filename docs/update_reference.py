@@ -43,15 +43,16 @@ def registered(registry: Registry) -> str:
 
 
 def settings(cls: type) -> str:
-    """A table of a config dataclass: name, default and the meaning that its docstring gives."""
+    """A table of a config dataclass: name, default, what is allowed and the meaning that its docstring gives."""
     meanings = _attributes(cls)
     rows = []
     for field in dataclasses.fields(cls):
-        nested = field.default is dataclasses.MISSING
-        default = "see below" if nested else f"`{json.dumps(field.default)}`"
-        meaning = f"see [`{field.name}`](#{field.name})" if nested else meanings[field.name]
-        rows.append([f"`{field.name}`", default, meaning])
-    return _table(["setting", "default", "meaning"], rows)
+        if field.default is dataclasses.MISSING:
+            rows.append([f"`{field.name}`", "see below", "an object", f"see [`{field.name}`](#{field.name})"])
+        else:
+            allowed = config.form_of(field).expected
+            rows.append([f"`{field.name}`", f"`{json.dumps(field.default)}`", allowed, meanings[field.name]])
+    return _table(["setting", "default", "allowed", "meaning"], rows)
 
 
 def _attributes(cls: type) -> dict[str, str]:

@@ -4,16 +4,248 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registry import CHOSEN_BY_SETTING
 
 OVERRIDES_VARIABLE = "nnUNet_oneshot_overrides"
 BLOCK = "oneshot"
+
+_LARGEST_WHOLE, _LARGEST_NUMBER = 10**9, 1e6
+_LONGEST_LIST, _LONGEST_SHOWN = 16, 200
+_FORM = "form"
+
+T = TypeVar("T")
+
+
+class Form(Protocol):
+    """What a setting may be."""
+
+    @property
+    def expected(self) -> str:
+        """What is allowed, in words."""
+
+    def read(self, value: Any) -> Any:
+        """The setting's value from its JSON.
+
+        Raises:
+            ValueError: The JSON is not of this form.
+        """
+
+
+@dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+    expected = "true or false"
+
+    def read(self, value: Any) -> bool:
+        return _require(value, isinstance(value, bool))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from ``low`` to ``high``."""
+
+    low: int = 0
+    high: int = _LARGEST_WHOLE
+
+    @property
+    def expected(self) -> str:
+        return f"a whole number from {self.low} to {_bound(self.high)}"
+
+    def read(self, value: Any) -> int:
+        return _require(value, _is_whole(value) and self.low <= value <= self.high)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number from ``low`` to ``high``; those that are ``open`` do not belong to it."""
+
+    low: float = 0
+    high: float = _LARGEST_NUMBER
+    open_low: bool = False
+    open_high: bool = False
+
+    @property
+    def expected(self) -> str:
+        low, high = _bound(self.low), _bound(self.high)
+        if self.open_low:
+            return f"a number above {low} and {'below' if self.open_high else 'up to'} {high}"
+        return f"a number from {low} to {'below ' if self.open_high else ''}{high}"
+
+    def read(self, value: Any) -> float:
+        # Compared before it is converted: a whole number of JSON may be too large to be converted.
+        inside = _is_number(value) and self.low <= value <= self.high
+        edge = (self.open_low and value == self.low) or (self.open_high and value == self.high)
+        return float(_require(value, inside and not edge))
+
+
+@dataclass(frozen=True)
+class Range:
+    """Two numbers of a form, the second not below the first."""
+
+    number: Number
+
+    @property
+    def expected(self) -> str:
+        return f"a list of two numbers, the smaller first, each {self.number.expected.removeprefix('a number ')}"
+
+    def read(self, value: Any) -> tuple[float, float]:
+        low, high = map(self.number.read, _require(value, isinstance(value, list) and len(value) == 2))
+        return _require((low, high), low <= high)
+
+
+@dataclass(frozen=True)
+class Wholes:
+    """At least one whole number of a form."""
+
+    whole: Whole
+
+    @property
+    def expected(self) -> str:
+        each = self.whole.expected.removeprefix("a whole number ")
+        return f"a list of 1 to {_LONGEST_LIST} whole numbers, each {each}"
+
+    def read(self, value: Any) -> tuple[int, ...]:
+        return tuple(map(self.whole.read, _require(value, isinstance(value, list) and 0 < len(value) <= _LONGEST_LIST)))
+
+
+@dataclass(frozen=True)
+class Rising:
+    """Numbers of a form, each larger than the one before; there may be none."""
+
+    number: Number
+
+    @property
+    def expected(self) -> str:
+        return f"a list, empty or of rising numbers, each {self.number.expected.removeprefix('a number ')}"
+
+    def read(self, value: Any) -> tuple[float, ...]:
+        numbers = tuple(map(self.number.read, _require(value, isinstance(value, list))))
+        return _require(numbers, list(numbers) == sorted(set(numbers)))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some names."""
+
+    names: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        return f"one of {', '.join(json.dumps(name) for name in self.names)}"
+
+    def read(self, value: Any) -> str:
+        return _require(value, isinstance(value, str) and value in self.names)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One of the names in the registry of a setting; any where that registry's module is not loaded."""
+
+    setting: str
+
+    @property
+    def expected(self) -> str:
+        names = CHOSEN_BY_SETTING.get(self.setting)
+        return "a registered name" if names is None else Choice(tuple(names)).expected
+
+    def read(self, value: Any) -> str:
+        names = CHOSEN_BY_SETTING.get(self.setting)
+        return _require(value, _is_text(value) and (names is None or value in names))
+
+
+@dataclass(frozen=True)
+class Names:
+    """Null, or names that are all different."""
+
+    expected = "null or a list of names, each once"
+
+    def read(self, value: Any) -> tuple[str, ...] | None:
+        if value is None:
+            return None
+        _require(value, isinstance(value, list) and bool(value) and all(map(_is_text, value)))
+        return tuple(_require(value, len(set(value)) == len(value)))
+
+
+@dataclass(frozen=True)
+class OptionalPath:
+    """Null, or a path."""
+
+    expected = "null or a path"
+
+    def read(self, value: Any) -> str | None:
+        return _require(value, value is None or _is_text(value))
+
+
+@dataclass(frozen=True)
+class Axes:
+    """``"auto"``, or axes of a patch."""
+
+    expected = '"auto" or a list of axes from 0 to 2, each once'
+
+    def read(self, value: Any) -> str | tuple[int, ...]:
+        if value == "auto":
+            return value
+        axes = tuple(map(Whole(0, 2).read, _require(value, isinstance(value, list))))
+        return _require(axes, len(set(axes)) == len(axes))
+
+
+@dataclass(frozen=True)
+class Version:
+    """The version of the layout that this release reads."""
+
+    version: int
+
+    @property
+    def expected(self) -> str:
+        return f"{self.version}, the layout that this release reads"
+
+    def read(self, value: Any) -> int:
+        return _require(value, _is_whole(value) and value == self.version)
+
+
+_SHARE = Number(0, 1)
+_SHARE_RANGE = Range(_SHARE)
+_STEP_SIZE = Number(open_low=True)
+
+
+def setting(default: T, form: Form) -> T:
+    """A field of a block: its default, and what else it may be."""
+    return field(default=default, metadata={_FORM: form})
+
+
+def form_of(spec: dataclasses.Field) -> Form:
+    """What a field that was declared with `setting` may be."""
+    return spec.metadata[_FORM]
+
+
+def _bound(value: float) -> str:
+    return {_LARGEST_WHOLE: "10^9", _LARGEST_NUMBER: "10^6"}.get(value, f"{value:.10g}")
+
+
+def _require(value: T, fits: bool) -> T:
+    if not fits:
+        raise ValueError
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
 
 
 @dataclass(frozen=True)
@@ -48,24 +280,24 @@ class RegistrationConfig:
             `OneShotDistillTrainer` have their own.
     """
 
-    method: str = "refine"
-    affine: bool = True
-    max_voxels: int = 2_097_152
-    similarity: str = "lncc"
-    lncc_kernel: int = 5
-    smoothness: float = 0.2
-    velocity_downsample: int = 2
-    integration_steps: int = 5
-    refine_iterations: tuple[int, ...] = (20, 25, 12)
-    refine_learning_rate: float = 0.5
-    search_reach: float = 0.2
-    network_iterations: int = 1000
-    network_batch_size: int = 2
-    network_learning_rate: float = 1e-3
-    contrastive: float = 0.01
-    temperature: float = 0.1
-    guide: str | None = None
-    guide_weight: float = 0.3
+    method: str = setting("refine", Choice(("refine", "network", "network+refine")))
+    affine: bool = setting(True, Flag())
+    max_voxels: int = setting(2_097_152, Whole(512))
+    similarity: str = setting("lncc", Registered("similarity"))
+    lncc_kernel: int = setting(5, Whole(3))
+    smoothness: float = setting(0.2, Number())
+    velocity_downsample: int = setting(2, Whole(1))
+    integration_steps: int = setting(5, Whole(0, 30))
+    refine_iterations: tuple[int, ...] = setting((20, 25, 12), Wholes(Whole()))
+    refine_learning_rate: float = setting(0.5, _STEP_SIZE)
+    search_reach: float = setting(0.2, _SHARE)
+    network_iterations: int = setting(1000, Whole(1))
+    network_batch_size: int = setting(2, Whole(1))
+    network_learning_rate: float = setting(1e-3, _STEP_SIZE)
+    contrastive: float = setting(0.01, Number())
+    temperature: float = setting(0.1, Number(open_low=True))
+    guide: str | None = setting(None, OptionalPath())
+    guide_weight: float = setting(0.3, Number())
 
 
 @dataclass(frozen=True)
@@ -85,16 +317,16 @@ class SynthesisConfig:
         appearance_smoothness: Smoothing of the local appearance difference, voxels.
     """
 
-    p_scale: float = 0.3
-    scale_range: tuple[float, float] = (0.6, 1.4)
-    p_mix: float = 0.3
-    mix_range: tuple[float, float] = (0.0, 1.0)
-    p_random: float = 0.5
-    random_magnitude: float = 2.0
-    random_smoothness: float = 6.0
-    p_appearance: float = 0.5
-    appearance_strength: tuple[float, float] = (0.0, 1.0)
-    appearance_smoothness: float = 5.0
+    p_scale: float = setting(0.3, _SHARE)
+    scale_range: tuple[float, float] = setting((0.6, 1.4), Range(Number(0, 100)))
+    p_mix: float = setting(0.3, _SHARE)
+    mix_range: tuple[float, float] = setting((0.0, 1.0), _SHARE_RANGE)
+    p_random: float = setting(0.5, _SHARE)
+    random_magnitude: float = setting(2.0, Number())
+    random_smoothness: float = setting(6.0, Number())
+    p_appearance: float = setting(0.5, _SHARE)
+    appearance_strength: tuple[float, float] = setting((0.0, 1.0), _SHARE_RANGE)
+    appearance_smoothness: float = setting(5.0, Number())
 
 
 @dataclass(frozen=True)
@@ -131,22 +363,22 @@ class DistillationConfig:
         average_decay: Share of the averaged student that remains at each step.
     """
 
-    hint: str = "voxel"
-    hint_weight: float = 0.1
-    reconstruction_weight: float = 1.0
-    levels: int = 2
-    detach: str = "teacher"
-    teacher_first: float = 0.0
-    warmup_epochs: float = 0.2
-    teacher_learning_rate: float = 1e-3
-    corruption: float = 0.0
-    corruption_block: int = 8
-    real_share: float = 0.75
-    posterior_strength: float = 0.6
-    posterior_blur: float = 1.0
-    rounds: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
-    guide_weight: float = 2.0
-    average_decay: float = 0.99
+    hint: str = setting("voxel", Registered("hint"))
+    hint_weight: float = setting(0.1, Number())
+    reconstruction_weight: float = setting(1.0, Number())
+    levels: int = setting(2, Whole(1))
+    detach: str = setting("teacher", Choice(("teacher", "student", "none")))
+    teacher_first: float = setting(0.0, _SHARE)
+    warmup_epochs: float = setting(0.2, _SHARE)
+    teacher_learning_rate: float = setting(1e-3, _STEP_SIZE)
+    corruption: float = setting(0.0, _SHARE)
+    corruption_block: int = setting(8, Whole(1))
+    real_share: float = setting(0.75, _SHARE)
+    posterior_strength: float = setting(0.6, Number())
+    posterior_blur: float = setting(1.0, Number(0, 100))
+    rounds: tuple[float, ...] = setting((0.2, 0.4, 0.6, 0.8), Rising(Number(0, 1, open_low=True, open_high=True)))
+    guide_weight: float = setting(2.0, Number())
+    average_decay: float = setting(0.99, Number(0, 1, open_high=True))
 
 
 @dataclass(frozen=True)
@@ -171,14 +403,14 @@ class OneShotConfig:
         distillation: See `DistillationConfig`.
     """
 
-    version: int = 1
-    atlases: tuple[str, ...] | None = None
-    seed: int = 12345
-    initial_lr: float = 1e-3
-    precision: str = "auto"
-    mirror_axes: str | tuple[int, ...] = "auto"
-    progress_cases: int = 8
-    unlabelled_fraction: float = 1.0
+    version: int = setting(1, Version(1))
+    atlases: tuple[str, ...] | None = setting(None, Names())
+    seed: int = setting(12345, Whole(0, 2**32 - 1))
+    initial_lr: float = setting(1e-3, _STEP_SIZE)
+    precision: str = setting("auto", Choice(("auto", "float32")))
+    mirror_axes: str | tuple[int, ...] = setting("auto", Axes())
+    progress_cases: int = setting(8, Whole())
+    unlabelled_fraction: float = setting(1.0, _SHARE)
     registration: RegistrationConfig = field(default_factory=RegistrationConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -193,10 +425,12 @@ class OneShotConfig:
         Raises:
             OneShotError: A name, type or value in the block is not one this version knows.
         """
-        block = dict(plans.get(BLOCK, {}))
-        where = f'the "{BLOCK}" block of plans {plans.get("plans_name", "")!r}'
+        if not isinstance(plans, Mapping):
+            raise OneShotError(f"The plans hold {_shown(plans)}, not a JSON object: plan the dataset again.")
+        block = plans.get(BLOCK, {})
+        where = f'the "{BLOCK}" block of plans {_shown(plans.get("plans_name", ""))}'
         overrides = environment_overrides()
-        if overrides:
+        if overrides and isinstance(block, Mapping):
             block = merge_settings(block, overrides)
             where += f" with {OVERRIDES_VARIABLE} merged in"
         return _build(cls, block, where)
@@ -214,32 +448,6 @@ def with_guide(config: OneShotConfig, guide: str | os.PathLike | None) -> OneSho
     return dataclasses.replace(config, registration=registration)
 
 
-_CHOICES: dict[str, Sequence[str]] = {
-    "method": ("refine", "network", "network+refine"),
-    "precision": ("auto", "float32"),
-    "detach": ("teacher", "student", "none"),
-}
-_PROBABILITIES = (
-    "p_scale",
-    "p_mix",
-    "p_random",
-    "p_appearance",
-    "corruption",
-    "unlabelled_fraction",
-    "teacher_first",
-    "warmup_epochs",
-    "real_share",
-    "average_decay",
-    "search_reach",
-)
-_AT_LEAST_ONE = ("corruption_block", "levels")
-_NESTED = {
-    "registration": RegistrationConfig,
-    "synthesis": SynthesisConfig,
-    "distillation": DistillationConfig,
-}
-
-
 def environment_overrides() -> dict[str, Any]:
     """The settings that the environment variable lays over every plans file, not yet checked; empty without it.
 
@@ -252,101 +460,151 @@ def environment_overrides() -> dict[str, Any]:
     advice = f'set {OVERRIDES_VARIABLE} to a JSON object such as {{"seed": 1}}, or unset it.'
     try:
         overrides = json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError as error:
+        raise OneShotError(f"The environment variable {OVERRIDES_VARIABLE} is nested too deeply: {advice}") from error
+    except ValueError as error:
         raise OneShotError(
             f"The environment variable {OVERRIDES_VARIABLE} is not valid JSON ({error}): {advice}"
         ) from error
     if not isinstance(overrides, dict):
-        raise OneShotError(f"The environment variable {OVERRIDES_VARIABLE} holds {text}, not a JSON object: {advice}")
+        raise OneShotError(
+            f"The environment variable {OVERRIDES_VARIABLE} holds {_shown(overrides)}, not a JSON object: {advice}"
+        )
     return overrides
 
 
 def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """``first`` with ``second`` laid over it, nested objects merged."""
+    """``first`` with ``second`` laid over it, nested objects merged.
+
+    Raises:
+        OneShotError: Both are nested more deeply than any settings are.
+    """
+    try:
+        return _merged(first, second)
+    except RecursionError as error:
+        raise OneShotError(
+            f'Settings of the "{BLOCK}" block are nested too deeply: expected objects of settings, such as '
+            f'{{"distillation": {{"levels": 1}}}}. Correct them where they are given.'
+        ) from error
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(first)
     for key, value in second.items():
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge_settings(merged[key], value) if nested else value
+        merged[key] = _merged(merged[key], value) if nested else value
     return merged
+
+
+def settings_in_force(config: OneShotConfig) -> dict[str, Any]:
+    """All settings with which a run works, as plain JSON types, to be stored with its results; see `differences`."""
+    return config.to_dict()
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What changed between two results of `settings_in_force`.
+
+    Args:
+        stored: Settings of an earlier run, as read from its file. It may be of another release.
+        now: The present ones.
+
+    Returns:
+        For each setting that differs, in the order of ``now``, a clause such as
+        ``"distillation.hint was 'voxel', is 'none'"``.
+    """
+    before, after = dict(_leaves(stored)), dict(_leaves(now))
+    changed = []
+    for name in [*after, *(name for name in before if name not in after)]:
+        if name not in before:
+            changed.append(f"{name} was not a setting, is {_shown(after[name])}")
+        elif name not in after:
+            changed.append(f"{name} was {_shown(before[name])}, is no setting any more")
+        elif before[name] != after[name]:
+            changed.append(f"{name} was {_shown(before[name])}, is {_shown(after[name])}")
+    return changed
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every setting."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
 def _build(cls: type, block: Any, where: str) -> Any:
     """Builds a config dataclass from JSON, checking names, types and values."""
-    if not isinstance(block, dict):
-        raise OneShotError(f"{where} holds {block!r}: expected an object.")
+    if not isinstance(block, Mapping):
+        raise OneShotError(f"{_sentence(where)} holds {_shown(block)}: expected an object, {{...}}. {_REMEDY}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(block) - set(fields))
+    unknown = sorted(str(name) for name in block if name not in fields)
     if unknown:
         raise OneShotError(
-            f"{where} has unknown settings {unknown}: known are {sorted(fields)}. Remove or rename them in the plans "
-            f"file."
+            f"{_sentence(where)} has unknown settings {_shown(unknown)}: known are {sorted(fields)}. Remove or rename "
+            f"them where they are set, in the plans file or in {OVERRIDES_VARIABLE}."
         )
-    values = {}
-    for name, value in block.items():
-        if name in _NESTED:
-            values[name] = _build(_NESTED[name], value, f'"{name}" in {where}')
-        else:
-            values[name] = _checked(name, value, fields[name], where)
-    built = cls(**values)
-    if cls is DistillationConfig and built.teacher_first and built.detach != "teacher":
-        raise OneShotError(
-            f'{where} has "teacher_first" {built.teacher_first}, after which the teacher stays as it is, and "detach" '
-            f'{built.detach!r}, with which the hint moves it: set "teacher_first" to 0 or "detach" to "teacher".'
-        )
+    built = cls(**{name: _read(fields[name], value, where) for name, value in block.items()})
+    for conflict in _CONFLICTS.get(cls, ()):
+        if conflict.found(built):
+            raise OneShotError(f"{_sentence(where)} has {conflict.sentence.format(built)}")
     return built
 
 
-def _checked(name: str, value: Any, spec: dataclasses.Field, where: str) -> Any:
-    """One setting, converted from JSON and checked against the type of its default and its allowed values."""
-
-    def fail(expected: str) -> OneShotError:
-        return OneShotError(f'"{name}" in {where} is {value!r}: expected {expected}. Correct it in the plans file.')
-
-    if name == "atlases":
-        if value is None:
-            return None
-        if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-            raise fail("null or a list of case names")
-        return tuple(value)
-    if name == "guide":
-        if value is not None and not (isinstance(value, str) and value):
-            raise fail("null or the folder of a trained model")
-        return value
-    if name == "mirror_axes":
-        if value == "auto":
-            return value
-        if not isinstance(value, list) or not all(isinstance(v, int) and 0 <= v < 3 for v in value):
-            raise fail('"auto" or a list of axes such as [0, 1]')
-        return tuple(value)
-    if name == "version" and value != spec.default:
-        raise fail(f"{spec.default}, the layout this release reads")
-    if name == "rounds":
-        if not isinstance(value, list) or not all(_is_number(v) and 0 < v < 1 for v in value):
-            raise fail("a list, empty or of numbers between 0 and 1 such as [0.4, 0.7]")
-        return tuple(value)
-    choices = CHOSEN_BY_SETTING.get(name, _CHOICES.get(name))
-    if choices is not None and value not in choices:
-        raise fail(f"one of {list(choices)}")
-    default = spec.default
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise fail("true or false")
-    elif isinstance(default, tuple):
-        if not isinstance(value, list) or not value or not all(_is_number(v) and v >= 0 for v in value):
-            raise fail(f"a list of numbers >= 0 such as {list(default)}")
-        return tuple(value)
-    elif isinstance(default, int):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise fail("a whole number >= 0")
-        if name in _AT_LEAST_ONE and value < 1:
-            raise fail("a whole number >= 1")
-    elif isinstance(default, float):
-        if not _is_number(value) or value < 0:
-            raise fail("a number >= 0")
-        if name in _PROBABILITIES and value > 1:
-            raise fail("a number from 0 to 1")
-    return value
+def _read(spec: dataclasses.Field, value: Any, where: str) -> Any:
+    """One setting or nested block, converted from JSON."""
+    name = f'"{spec.name}" in {where}'
+    nested: Any = spec.default_factory
+    if nested is not dataclasses.MISSING:
+        return _build(nested, value, name)
+    form = form_of(spec)
+    try:
+        return form.read(value)
+    except ValueError:
+        raise OneShotError(f"{name} is {_shown(value)}: expected {form.expected}. {_REMEDY}") from None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _shown(value: Any) -> str:
+    """A value for an error, cut short."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+_REMEDY = f"Correct it where it is set, in the plans file or in {OVERRIDES_VARIABLE}."
+
+
+class _Conflict(NamedTuple):
+    """Settings of a block that exclude each other.
+
+    Attributes:
+        found: Whether a block has them.
+        sentence: Completes "The block has ...".
+    """
+
+    found: Callable[[Any], bool]
+    sentence: str
+
+
+_CONFLICTS: dict[type, tuple[_Conflict, ...]] = {
+    RegistrationConfig: (
+        _Conflict(
+            lambda block: block.network_batch_size < 2 and block.contrastive > 0,
+            '"network_batch_size" {0.network_batch_size} and "contrastive" {0.contrastive}, a term that compares the '
+            'cases of a batch: set "network_batch_size" to 2 or more, or "contrastive" to 0.',
+        ),
+    ),
+    DistillationConfig: (
+        _Conflict(
+            lambda block: block.teacher_first > 0 and block.detach != "teacher",
+            '"teacher_first" {0.teacher_first}, after which the teacher stays as it is, and "detach" {0.detach!r}, '
+            'with which the hint moves it: set "teacher_first" to 0 or "detach" to "teacher".',
+        ),
+    ),
+}

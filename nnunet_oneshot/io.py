@@ -106,7 +106,7 @@ def load_json_checked(path: str | os.PathLike, what: str) -> Any:
         raise OneShotError(f"{_sentence(what)} {path} does not exist.") from error
     except OSError as error:
         raise OneShotError(f"{_sentence(what)} {path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OneShotError(
             f"{_sentence(what)} {path} is not valid JSON ({error}): mend it in an editor, or delete it if a command "
             f"of this package wrote it, and run that command again."

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_oneshot.config import BLOCK, OneShotConfig
-from nnunet_oneshot.data.fingerprint import load_fingerprint
+from nnunet_oneshot.data.fingerprint import fingerprint_standing_in, load_fingerprint, remove_copy
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.io import load_json_checked, save_json_atomic
 
@@ -50,15 +52,19 @@ class OneShotPlannerMixin(ExperimentPlanner):
         overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
         suppress_transpose: bool = False,
     ) -> None:
-        super().__init__(
-            dataset_name_or_id,
-            self.default_memory_target if gpu_memory_target_in_gb is None else gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name or self.default_plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
-        self.dataset_fingerprint = load_fingerprint(self.dataset_folder)
+        self.dataset_name = maybe_convert_to_dataset_name(dataset_name_or_id)
+        fingerprint = load_fingerprint(self.dataset_folder)
+        remove_copy(self.dataset_folder)
+        with fingerprint_standing_in(default_experiment_planner, self.dataset_folder):
+            super().__init__(
+                dataset_name_or_id,
+                self.default_memory_target if gpu_memory_target_in_gb is None else gpu_memory_target_in_gb,
+                preprocessor_name,
+                plans_name or self.default_plans_name,
+                overwrite_target_spacing,
+                suppress_transpose,
+            )
+        self.dataset_fingerprint = fingerprint
         self.UNet_vram_target_GB /= NETWORKS
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -10,12 +11,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer_module
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_oneshot.checkpoints import loading_checkpoint, saving_checkpoint
-from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.config import BLOCK, OneShotConfig
+from nnunet_oneshot.data.fingerprint import fingerprint_standing_in
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
@@ -74,6 +77,12 @@ class OneShotTrainer(nnUNetTrainer):
         seed_everything(self.config.seed)
         super().initialize()
         self.network = self.place(self.network)
+
+    def on_train_start(self) -> None:
+        # nnU-Net copies its fingerprint to the results, and stops where there is none.
+        own = BLOCK in self.plans_manager.plans
+        with fingerprint_standing_in(nnunet_trainer_module, self.prepared.base) if own else nullcontext():
+            super().on_train_start()
 
     def place(self, network: _Network) -> _Network:
         """A network on the device of training, in the memory format that is fastest there."""

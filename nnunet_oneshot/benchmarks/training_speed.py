@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 
+from nnunet_oneshot.data.fingerprint import lent_fingerprint
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
@@ -69,7 +70,9 @@ def measure(
         dataset_json=prepared.dataset_json,
         device=device,
     )
-    trainer.on_train_start()
+    # Our trainers need no fingerprint of nnU-Net's, its own trainer does.
+    with lent_fingerprint(prepared.base):
+        trainer.on_train_start()
     trainer.on_train_epoch_start()
     waits, steps = [], []
     try:

@@ -1,15 +1,19 @@
 """The data set's fingerprint: geometry of all images, intensities of the atlases' foreground, no other label opened.
 
-It is kept in ``oneshot_fingerprint.json``, so that a ``dataset_fingerprint.json`` which nnU-Net made from all labels
-stays as it is. nnU-Net's planners need that file; where it is missing a copy is put there.
+It is kept in ``oneshot_fingerprint.json``. ``dataset_fingerprint.json`` is left to nnU-Net, which makes it of all
+labels, and not again where it is: with a copy of ours there, plans of stock nnU-Net would have one atlas's statistics.
+Where nnU-Net's own code wants that file, ours stands in for it, see `fingerprint_standing_in` and `lent_fingerprint`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,10 +24,10 @@ from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.data.thumbnails import pool_volume
 from nnunet_oneshot.data.verify import CaseImage, read_image, read_label
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.io import load_json_checked, save_json_atomic
+from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic, writing
 
 FINGERPRINT_FILE = "oneshot_fingerprint.json"
-_NNUNET_FINGERPRINT_FILE = "dataset_fingerprint.json"
+NNUNET_FINGERPRINT_FILE = "dataset_fingerprint.json"
 _INTENSITY_SAMPLES = 10_000_000
 
 
@@ -133,11 +137,9 @@ def make_fingerprint(
 
 
 def save_fingerprint(fingerprint: Mapping[str, Any], folder: Path) -> None:
-    """Writes the fingerprint, and a copy as nnU-Net's unless nnU-Net made one itself."""
+    """Writes the fingerprint of ``nnUNet_preprocessed/DatasetXXX_Name``; nnU-Net's own is left as it is."""
+    remove_copy(folder)
     save_json_atomic(fingerprint, folder / FINGERPRINT_FILE)
-    copy = folder / _NNUNET_FINGERPRINT_FILE
-    if not copy.is_file() or "oneshot" in load_json_checked(copy, "nnU-Net's fingerprint"):
-        save_json_atomic(fingerprint, copy)
 
 
 def load_fingerprint(folder: Path) -> dict[str, Any]:
@@ -146,7 +148,61 @@ def load_fingerprint(folder: Path) -> dict[str, Any]:
     Raises:
         OneShotError: It is missing or damaged.
     """
-    return load_json_checked(folder / FINGERPRINT_FILE, "the fingerprint")
+    path = folder / FINGERPRINT_FILE
+    if not path.is_file():
+        raise OneShotError(f"The fingerprint {path} does not exist: run `nnunet_oneshot plan_and_preprocess`.")
+    return load_json_checked(path, "the fingerprint")
+
+
+def remove_copy(folder: Path) -> None:
+    """Removes nnU-Net's fingerprint where it is a copy of ours, byte for byte, as earlier versions left it."""
+    own, copy = folder / FINGERPRINT_FILE, folder / NNUNET_FINGERPRINT_FILE
+    if own.is_file() and copy.is_file() and own.read_bytes() == copy.read_bytes():
+        with writing(copy):
+            copy.unlink()
+
+
+@contextmanager
+def fingerprint_standing_in(module: ModuleType, folder: Path) -> Iterator[None]:
+    """While it lasts, code of a module of nnU-Net finds our fingerprint where it looks for its own.
+
+    Nothing is written, so that trainings and plannings beside this one notice nothing. The module must build the path
+    by its own name ``join``. A folder without our fingerprint changes nothing.
+
+    Args:
+        module: The module, such as that of ``nnUNetTrainer``.
+        folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
+    """
+    join = module.join
+    wanted, own = folder / NNUNET_FINGERPRINT_FILE, folder / FINGERPRINT_FILE
+
+    def redirected(*parts: str | os.PathLike) -> str:
+        path = join(*parts)
+        return str(own) if Path(path) == wanted and own.is_file() else path
+
+    module.join = redirected  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.join = join  # type: ignore[attr-defined]
+
+
+@contextmanager
+def lent_fingerprint(folder: Path) -> Iterator[None]:
+    """While it lasts, a copy of our fingerprint lies under nnU-Net's name, for nnU-Net's own trainer as a command.
+
+    Args:
+        folder: ``nnUNet_preprocessed/DatasetXXX_Name``; one that has nnU-Net's fingerprint, or lacks ours, is left as
+            it is.
+    """
+    own, copy = folder / FINGERPRINT_FILE, folder / NNUNET_FINGERPRINT_FILE
+    if own.is_file() and not copy.exists():
+        with writing(copy), atomic_path(copy) as temporary:
+            shutil.copyfile(own, temporary)
+    try:
+        yield
+    finally:
+        remove_copy(folder)
 
 
 def images_unchanged(raw: RawDataset, folder: Path) -> bool:

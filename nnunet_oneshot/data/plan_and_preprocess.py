@@ -7,7 +7,7 @@ import io
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -232,14 +232,21 @@ def _plan(
     if planner.kept_block:
         log(f'Note: the "{BLOCK}" block of the existing plans was kept.')
     plans = load_json_checked(planner.plans_file, "the plans file")
+    for line in _described(plans):
+        log(line)
+    return plans
+
+
+def _described(plans: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each configuration with a patch of its own; what it leaves out is inherited."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(dict(plans))
     for name, configuration in plans["configurations"].items():
         if "patch_size" in configuration:
-            spacing = [round(value, 3) for value in configuration["spacing"]]
-            log(
-                f"  {name}: patch {configuration['patch_size']}, batch {configuration['batch_size']}, "
-                f"spacing {spacing} mm"
-            )
-    return plans
+            full = manager.get_configuration(name)
+            spacing = [round(value, 3) for value in full.spacing]
+            yield f"  {name}: patch {list(full.patch_size)}, batch {full.batch_size}, spacing {spacing} mm"
 
 
 def _configurations(plans: Mapping[str, Any], options: Options, log: Callable[[str], None]) -> list[tuple[str, int]]:

@@ -9,10 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nnunet_oneshot.data.description import check_description
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env
+from nnunet_oneshot.names import check_name
 
-_CHANNEL = re.compile(r"(?P<case>.+)_\d{4}")
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>[0-9]{4})", re.DOTALL)
+# nnU-Net keeps the preprocessed label of a case in a file named so.
+_LABEL_SUFFIX = "_seg"
 
 
 class RawDataset:
@@ -36,18 +40,10 @@ class RawDataset:
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
         self.name = self.folder.name
-        self.dataset_json: dict[str, Any] = load_json_checked(
-            self.folder / "dataset.json", "the data set's description"
+        path = self.folder / "dataset.json"
+        self.dataset_json: dict[str, Any] = check_description(
+            load_json_checked(path, "the data set's description"), path
         )
-        if not isinstance(self.dataset_json, dict):
-            raise OneShotError(f"{self.folder / 'dataset.json'} must hold a JSON object.")
-        missing = [key for key in ("labels", "file_ending") if key not in self.dataset_json]
-        if not {"channel_names", "modality"} & set(self.dataset_json):
-            missing.append("channel_names")
-        if missing:
-            raise OneShotError(
-                f"{self.folder / 'dataset.json'} lacks {missing}: add them as described in nnU-Net's data set format."
-            )
         self._files = self._listed_files() if "dataset" in self.dataset_json else self._found_files()
         self.cases: list[str] = sorted(self._files)
         self.labelled: list[str] = [case for case in self.cases if self.label(case) is not None]
@@ -108,6 +104,7 @@ class RawDataset:
             determine_reader_writer_from_dataset_json,
         )
 
+        _check_reader(self.dataset_json.get("overwrite_image_reader_writer", "None"), self.folder / "dataset.json")
         known = sorted({ending for reader in LIST_OF_IO_CLASSES for ending in reader.supported_file_endings})
         if self.file_ending.lower() not in known:
             raise OneShotError(
@@ -127,23 +124,11 @@ class RawDataset:
 
     def _found_files(self) -> dict[str, tuple[list[str], str | None]]:
         """Images and label path of every case in ``imagesTr``."""
-        images, labels = self.folder / "imagesTr", self.folder / "labelsTr"
-        if not images.is_dir():
-            raise OneShotError(f"{images} does not exist: put the images there as CASE_0000{self.file_ending}.")
-        files: dict[str, tuple[list[str], str | None]] = {}
-        for name in sorted(os.listdir(images)):
-            if not name.endswith(self.file_ending):
-                continue
-            match = _CHANNEL.fullmatch(name[: -len(self.file_ending)])
-            if match is None:
-                raise OneShotError(
-                    f"{images / name} is not named CASE_XXXX{self.file_ending}, where XXXX is the four-digit number of "
-                    f"the channel: rename it, for example to {name[: -len(self.file_ending)]}_0000{self.file_ending}."
-                )
-            case = match["case"]
-            label = str(labels / f"{case}{self.file_ending}")
-            files.setdefault(case, ([], label))[0].append(str(images / name))
-        return files
+        labels = self.folder / "labelsTr"
+        return {
+            _training_name(case, self.folder / "imagesTr"): (files, str(labels / f"{case}{self.file_ending}"))
+            for case, files in find_images(self.folder / "imagesTr", self.file_ending).items()
+        }
 
     def _listed_files(self) -> dict[str, tuple[list[str], str | None]]:
         """Images and label path of every case listed in ``dataset.json``, relative paths taken from its folder."""
@@ -151,15 +136,100 @@ class RawDataset:
         def absolute(path: str) -> str:
             return os.path.abspath(os.path.join(self.folder, os.path.expandvars(path)))
 
+        path = self.folder / "dataset.json"
         files = {}
         for case, entry in self.dataset_json["dataset"].items():
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("images"), list) or not entry["images"]:
-                raise OneShotError(
-                    f'Case {case} in {self.folder / "dataset.json"} has no list "images": give its channels\' paths.'
-                )
+            _training_name(case, path)
+            images = entry.get("images") if isinstance(entry, Mapping) else None
+            if not isinstance(images, list) or not images or not all(isinstance(file, str) for file in images):
+                raise OneShotError(f'Case {case} in {path} has no list "images": give its channels\' paths.')
             label = entry.get("label")
-            files[case] = ([absolute(path) for path in entry["images"]], absolute(label) if label else None)
+            if label is not None and not isinstance(label, str):
+                raise OneShotError(f'Case {case} in {path} has the "label" {label!r}: give the path of a file, or none.')
+            files[case] = ([absolute(file) for file in images], absolute(label) if label else None)
         return files
+
+
+def find_images(folder: str | os.PathLike, file_ending: str) -> dict[str, list[str]]:
+    """The images in a folder in nnU-Net's naming, by their names alone.
+
+    Hidden files, such as systems and interrupted writers leave them, are passed over.
+
+    Args:
+        folder: Holds CASE_0000.nii.gz, CASE_0001.nii.gz, ...
+        file_ending: Suffix of the images, such as ``.nii.gz``.
+
+    Returns:
+        Case to the paths of its channels, in order.
+
+    Raises:
+        OneShotError: The folder does not exist, or a file or the channels of a case are not named as expected.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise OneShotError(f"{folder} does not exist: put the images there as CASE_0000{file_ending}.")
+    found: dict[str, dict[str, str]] = {}
+    for name in visible_files(folder, file_ending):
+        match = _CHANNEL.fullmatch(name[: -len(file_ending)])
+        if match is None:
+            raise OneShotError(
+                f"{folder / name} is not named CASE_XXXX{file_ending}, where XXXX is the four-digit number of "
+                f"the channel: rename it, for example to {name[: -len(file_ending)]}_0000{file_ending}."
+            )
+        case = check_name(match["case"], "case", folder / name)
+        found.setdefault(case, {})[match["number"]] = str(folder / name)
+    for case, channels in found.items():
+        if list(channels) != [f"{number:04d}" for number in range(len(channels))]:
+            raise OneShotError(
+                f"Case {case} in {folder} has the channel numbers {', '.join(channels)}: expected 0000 and those that "
+                f"follow, one for each channel. Add the missing files or rename the others."
+            )
+    return {case: list(channels.values()) for case, channels in found.items()}
+
+
+def visible_files(folder: Path, file_ending: str) -> list[str]:
+    """Names of the files with an ending, sorted, hidden ones left out.
+
+    Raises:
+        OneShotError: A file has the ending in other letter case, which nnU-Net would pass over.
+    """
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    for name in names:
+        if name.lower().endswith(file_ending.lower()) and not name.endswith(file_ending):
+            raise OneShotError(
+                f"{folder / name} ends in {name[-len(file_ending) :]}, but expected is {file_ending}, in this letter "
+                f"case: rename the file."
+            )
+    return [name for name in names if name.endswith(file_ending)]
+
+
+def _training_name(case: str, where: Path) -> str:
+    """The name of a training case, which nnU-Net must find again after preprocessing."""
+    check_name(case, "case", where)
+    if case.endswith(_LABEL_SUFFIX):
+        raise OneShotError(
+            f"The case {case} of {where} cannot be used: nnU-Net takes names that end in {_LABEL_SUFFIX} for labels and "
+            f"would lose it. Rename it and its files."
+        )
+    return case
+
+
+def _check_reader(name: str, path: Path) -> None:
+    """Raises where ``dataset.json`` names a reader that nnU-Net does not have: it would pass over the entry."""
+    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+    from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
+
+    if name == "None":
+        return
+    try:
+        found = recursive_find_reader_writer_by_name(name)
+    except RuntimeError:
+        found = None
+    if not isinstance(found, type) or not issubclass(found, BaseReaderWriter):
+        raise OneShotError(
+            f'"overwrite_image_reader_writer" in {path} names {name!r}, which nnU-Net does not have: correct it or '
+            f"remove it. Readers: {', '.join(sorted({one.__name__ for one in LIST_OF_IO_CLASSES}))}."
+        )
 
 
 def find_dataset(dataset: int | str) -> RawDataset:

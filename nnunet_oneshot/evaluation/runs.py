@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nnunet_oneshot.config import OVERRIDES_VARIABLE, merge_settings
+from nnunet_oneshot.data.fingerprint import lent_fingerprint
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.commands import CommandResult, command_environment, run_command
-from nnunet_oneshot.evaluation.methods import Method, parse_method, trainer_name
+from nnunet_oneshot.evaluation.methods import CEILING, Method, parse_method, trainer_name
 from nnunet_oneshot.evaluation.metrics import score_segmentation
 from nnunet_oneshot.io import is_occupied, load_json_checked, save_json_atomic, writing
 
@@ -146,7 +147,9 @@ def execute_run(
     command, segmentations = _command(run, prepared, folder, device)
     resumed = "--c" in command
     log("$ " + " ".join(command))
-    cost = run_command(command, environment=environment, log_file=folder / "log.txt")
+    # nnU-Net's own trainer copies the fingerprint to the results, and stops where there is none.
+    with lent_fingerprint(prepared.base) if run.method.base == CEILING else nullcontext():
+        cost = run_command(command, environment=environment, log_file=folder / "log.txt")
     record = {
         "dataset": prepared.name,
         "plans": prepared.plans_name,

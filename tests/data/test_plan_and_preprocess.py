@@ -143,6 +143,19 @@ def test_planning_again_keeps_an_edited_block_and_custom_configurations(tiny_dat
     assert "block of the existing plans was kept" in capsys.readouterr().out
 
 
+def test_custom_configuration_that_inherits_is_told_with_what_it_inherits(tiny_dataset, capsys):
+    dataset = tiny_dataset(3, spacing=(1.0, 1.0, 2.0))
+    assert plan(dataset, "--no_pp") == 0
+    plans = load(dataset)
+    plans["configurations"]["mine"] = {"inherits_from": "3d_fullres", "patch_size": [8, 8, 8]}
+    (dataset.preprocessed / f"{PLANS}.json").write_text(json.dumps(plans))
+    capsys.readouterr()
+    assert plan(dataset, "--no_pp", configuration="mine") == 0
+    assert load(dataset) == plans
+    spacing = [round(value, 3) for value in plans["configurations"]["3d_fullres"]["spacing"]]
+    assert f"mine: patch [8, 8, 8], batch 2, spacing {spacing} mm" in capsys.readouterr().out
+
+
 def test_images_are_read_again_only_when_something_changed(tiny_dataset, monkeypatch, capsys):
     from nnunet_oneshot.data import fingerprint
 

@@ -13,6 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 import nnunet_oneshot.planners as planners
 from nnunet_oneshot.cli import main
 from nnunet_oneshot.config import OneShotConfig
+from nnunet_oneshot.data.fingerprint import lent_fingerprint
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.planners import OneShotCPUPlanner, OneShotPlanner, OneShotResEncMPlanner
 
 NAMES = {
@@ -33,11 +35,10 @@ def dataset(tiny_dataset):
 
 
 def pretend_size(dataset, shape, spacing):
-    for name in ("oneshot_fingerprint.json", "dataset_fingerprint.json"):
-        path = dataset.preprocessed / name
-        content = json.loads(path.read_text())
-        content.update(shapes_after_crop=[list(shape)] * 3, spacings=[list(spacing)] * 3)
-        path.write_text(json.dumps(content))
+    path = dataset.preprocessed / "oneshot_fingerprint.json"
+    content = json.loads(path.read_text())
+    content.update(shapes_after_crop=[list(shape)] * 3, spacings=[list(spacing)] * 3)
+    path.write_text(json.dumps(content))
 
 
 def voxels(configuration):
@@ -66,7 +67,8 @@ def test_plans_have_their_own_name_and_data_and_load_in_nnunet(dataset, planner)
 def test_student_and_teacher_share_the_memory_target(dataset, monkeypatch, ours, nnunets):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     pretend_size(dataset, (176, 176, 176), (1.0, 1.0, 1.0))
-    single = nnunets(dataset.name, plans_name="Single").plan_experiment()["configurations"]["3d_fullres"]
+    with lent_fingerprint(dataset.preprocessed):
+        single = nnunets(dataset.name, plans_name="Single").plan_experiment()["configurations"]["3d_fullres"]
     double = ours(dataset.name, plans_name="Double").plan_experiment()["configurations"]["3d_fullres"]
     assert voxels(double) <= 0.75 * voxels(single)
 
@@ -124,3 +126,45 @@ def test_cpu_preset_takes_the_whole_hippocampus(dataset):
 def test_planner_works_with_no_augmentation_processes(dataset, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     assert "3d_fullres" in OneShotPlanner(dataset.name).plan_experiment()["configurations"]
+
+
+def test_planner_reads_our_fingerprint_and_leaves_none_under_nnunets_name(dataset):
+    stock = dataset.preprocessed / "dataset_fingerprint.json"
+    ours = dataset.preprocessed / "oneshot_fingerprint.json"
+    before = OneShotPlanner(dataset.name).dataset_fingerprint
+    assert before == json.loads(ours.read_text()) and not stock.exists()
+    stock.write_text('{"made_by": "nnU-Net"}')
+    assert OneShotPlanner(dataset.name).dataset_fingerprint == before
+    assert stock.read_text() == '{"made_by": "nnU-Net"}'
+
+
+def test_copy_of_an_earlier_version_is_removed(dataset):
+    stock = dataset.preprocessed / "dataset_fingerprint.json"
+    stock.write_bytes((dataset.preprocessed / "oneshot_fingerprint.json").read_bytes())
+    OneShotPlanner(dataset.name)
+    assert not stock.exists()
+
+
+def test_planner_without_fingerprint_names_the_command_that_makes_it(dataset):
+    (dataset.preprocessed / "oneshot_fingerprint.json").unlink()
+    with pytest.raises(OneShotError, match="oneshot_fingerprint.json does not exist.*plan_and_preprocess"):
+        OneShotPlanner(dataset.name)
+
+
+def test_custom_configurations_survive_planning_again_and_inherit(dataset):
+    planner = OneShotPlanner(dataset.name)
+    planner.plan_experiment()
+    plans = json.loads(planner.plans_file.read_text())
+    own = {
+        "mine": {"inherits_from": "3d_fullres", "patch_size": [16, 16, 16]},
+        "hers": {"inherits_from": "mine", "batch_size": 5},
+    }
+    plans["configurations"].update(own)
+    planner.plans_file.write_text(json.dumps(plans))
+    pretend_size(dataset, (40, 40, 40), (2.0, 2.0, 2.0))
+    OneShotPlanner(dataset.name).plan_experiment()
+    again = json.loads(planner.plans_file.read_text())
+    assert {name: again["configurations"][name] for name in own} == own
+    hers = PlansManager(again).get_configuration("hers")
+    assert (list(hers.patch_size), hers.batch_size, list(hers.spacing)) == ([16, 16, 16], 5, [2.0, 2.0, 2.0])
+    assert hers.data_identifier == f"{NAMES['OneShotPlanner']}_3d_fullres"

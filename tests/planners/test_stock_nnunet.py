@@ -5,6 +5,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunet_oneshot.cli import main
+from nnunet_oneshot.data.fingerprint import lent_fingerprint
 
 
 def test_stock_trainer_and_predictor_run_on_our_plans(tiny_dataset, monkeypatch):
@@ -17,7 +18,9 @@ def test_stock_trainer_and_predictor_run_on_our_plans(tiny_dataset, monkeypatch)
         str(dataset.id), "3d_fullres", 0, "nnUNetTrainer", "nnUNetOneShotCPUPlans", device=torch.device("cpu")
     )
     trainer.num_epochs = trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
-    trainer.run_training()
+    with lent_fingerprint(dataset.preprocessed):
+        trainer.run_training()
+    assert not (dataset.preprocessed / "dataset_fingerprint.json").exists()
 
     model = dataset.results / "nnUNetTrainer__nnUNetOneShotCPUPlans__3d_fullres"
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, allow_tqdm=False)

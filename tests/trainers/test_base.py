@@ -381,3 +381,12 @@ def test_training_in_bfloat16_keeps_weights_and_losses_in_float32(
     assert loss.dtype == progress_loss.dtype == np.float32
     assert np.isfinite([loss, progress_loss]).all()
     assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
+
+
+def test_results_get_our_fingerprint_and_the_dataset_none_of_nnunets_name(prepare, make_trainer, short, stubs):
+    dataset = prepare()
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer")
+    trainer.on_train_start()
+    copied = Path(trainer.output_folder_base, "dataset_fingerprint.json")
+    assert copied.read_bytes() == (dataset.preprocessed / "oneshot_fingerprint.json").read_bytes()
+    assert not (dataset.preprocessed / "dataset_fingerprint.json").exists()

@@ -17,19 +17,22 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_oneshot.checkpoints import loading_checkpoint, saving_checkpoint
-from nnunet_oneshot.config import BLOCK, OneShotConfig
+from nnunet_oneshot.config import BLOCK, OVERRIDES_VARIABLE, OneShotConfig, differences, settings_in_force
 from nnunet_oneshot.data.fingerprint import fingerprint_standing_in
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.io import require_env, writing
+from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.synthesis.data_loader import wrap_workers
 from nnunet_oneshot.synthesis.mirroring import decide_mirror_axes
+from nnunet_oneshot.versions import versions
 
 CUDA = torch.device("cuda")
+# Beside the checkpoints: settings in force, atlases and versions of a training.
+SETTINGS_FILE = "oneshot_settings.json"
 
 _Network = TypeVar("_Network", bound=torch.nn.Module)
 
@@ -79,10 +82,12 @@ class OneShotTrainer(nnUNetTrainer):
         self.network = self.place(self.network)
 
     def on_train_start(self) -> None:
+        self._check_settings()
         # nnU-Net copies its fingerprint to the results, and stops where there is none.
         own = BLOCK in self.plans_manager.plans
         with fingerprint_standing_in(nnunet_trainer_module, self.prepared.base) if own else nullcontext():
             super().on_train_start()
+        self._keep_settings()
 
     def place(self, network: _Network) -> _Network:
         """A network on the device of training, in the memory format that is fastest there."""
@@ -195,6 +200,38 @@ class OneShotTrainer(nnUNetTrainer):
         with saving_checkpoint(filename) as temporary:
             super().save_checkpoint(str(temporary))
 
+    def _keep_settings(self) -> None:
+        """Stores what is in force beside the checkpoints."""
+        if self.current_epoch == 0 or self._stored_settings() is None:
+            now = {"settings": settings_in_force(self.config), "atlases": list(self.roles.atlases)}
+            save_json_atomic({**now, "versions": versions()}, join(self.output_folder, SETTINGS_FILE))
+
+    def _check_settings(self) -> None:
+        """Refuses to go on with a training under other settings, or with another atlas."""
+        stored = self._stored_settings()
+        if self.current_epoch == 0 or stored is None:
+            return
+        changed = self._changed_settings(stored)
+        atlases = list(self.roles.atlases)
+        if stored.get("atlases") != atlases:
+            changed.append(f"the atlas was {stored.get('atlases')}, is {atlases}")
+        if changed:
+            raise OneShotError(
+                f"The training in {self.output_folder} was started with other settings: {'; '.join(changed)}. Set them "
+                f"back in the plans or in {OVERRIDES_VARIABLE}, or train again without --c."
+            )
+
+    def _stored_settings(self) -> dict | None:
+        path = join(self.output_folder, SETTINGS_FILE)
+        if not os.path.isfile(path):
+            return None
+        stored = load_json_checked(path, "the settings of the training")
+        return stored if isinstance(stored, dict) else None
+
+    def _changed_settings(self, stored: dict) -> list[str]:
+        settings = stored.get("settings")
+        return differences(settings, settings_in_force(self.config)) if isinstance(settings, dict) else []
+
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Reads a checkpoint's file; its content, which nnU-Net's own method takes too, is given by no command."""
         if not self.was_initialized:
@@ -202,6 +239,8 @@ class OneShotTrainer(nnUNetTrainer):
         advice = "Delete it and resume with --c from the checkpoint before it, or train again without --c."
         with loading_checkpoint(filename_or_checkpoint, advice=advice):
             super().load_checkpoint(filename_or_checkpoint)
+        if changed := self._changed_settings(self._stored_settings() or {}):
+            self.print_to_log_file(f"Warning: this training was started with other settings: {'; '.join(changed)}.")
         for state in self.optimizer.state.values():
             # nnU-Net loads Adam's counts of steps onto the device, from where it would fetch them at every step.
             if "step" in state:

@@ -31,11 +31,12 @@ from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.metrics import score_segmentation
 from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS, MethodOptions
-from nnunet_oneshot.evaluation.runs import claim_folder, versions
+from nnunet_oneshot.evaluation.runs import claim_folder
 from nnunet_oneshot.io import save_json_atomic, save_text_atomic, writing
 from nnunet_oneshot.registration.pair.functional import folding, identity_grid
 from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
 from nnunet_oneshot.registration.pair.warp import sample_labels
+from nnunet_oneshot.versions import versions
 
 _MODULE = "nnunet_oneshot.benchmarks.registration"
 SETTINGS, PAIRS = "settings.json", "pairs.jsonl"

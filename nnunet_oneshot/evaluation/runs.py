@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from nnunet_oneshot.evaluation.commands import CommandResult, command_environmen
 from nnunet_oneshot.evaluation.methods import CEILING, Method, parse_method, trainer_name
 from nnunet_oneshot.evaluation.metrics import score_segmentation
 from nnunet_oneshot.io import is_occupied, load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.versions import versions
 
 RECORD = "run.json"
 TOLERANCE_MM = 2.0
@@ -229,17 +228,6 @@ def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     shared = ("dataset", "method", "atlas", "fold", "seed", "epochs")
     cost = ("seconds", "peak_memory_mb", "versions")
     return [{**{k: record[k] for k in shared}, **scores, **{k: record[k] for k in cost}} for scores in record["scores"]]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the result."""
-    found = {"python": platform.python_version()}
-    for package in ("nnunet_oneshot", "nnunetv2", "torch", "monai", "antspyx"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def discard_unfinished(out: Path, run: Run) -> None:

@@ -390,3 +390,27 @@ def test_results_get_our_fingerprint_and_the_dataset_none_of_nnunets_name(prepar
     copied = Path(trainer.output_folder_base, "dataset_fingerprint.json")
     assert copied.read_bytes() == (dataset.preprocessed / "oneshot_fingerprint.json").read_bytes()
     assert not (dataset.preprocessed / "dataset_fingerprint.json").exists()
+
+
+def test_a_training_goes_on_with_the_settings_it_was_started_with(prepare, make_trainer, short, stubs, monkeypatch):
+    dataset = prepare()
+    first = make_trainer(dataset, "OneShotSynthesisTrainer_5epochs")
+    first.on_train_start()
+    stored = json.loads((Path(first.output_folder) / "oneshot_settings.json").read_text())
+    assert stored["atlases"] == list(first.roles.atlases) and stored["settings"]["seed"] == 12345
+    first.current_epoch = 2
+    first.save_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+
+    def resumed(**changes):
+        trainer = make_trainer(dataset, "OneShotSynthesisTrainer_5epochs", resume=True, edit=block(**changes))
+        trainer.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+        return trainer
+
+    resumed().on_train_start()
+    other = resumed(seed=7)
+    assert "Warning: this training was started with other settings: seed was 12345, is 7" in log_of(other)
+    with pytest.raises(OneShotError, match="seed was 12345, is 7"):
+        other.on_train_start()
+    another = next(case for case in first.do_split()[0] if case not in first.roles.atlases)
+    with pytest.raises(OneShotError, match="the atlas was"):
+        resumed(atlases=[another]).on_train_start()

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_oneshot.config import OneShotConfig
-from nnunet_oneshot.data.splits import Fold
+from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.data.thumbnails import find_medoid, pool_volume
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, save_json_atomic
@@ -65,14 +65,17 @@ def resolve_atlases(
         where = 'named in the plans\' "oneshot" block'
         return AtlasChoice(check_named(config.atlases, fold, where), where)
     path = Path(dataset_folder) / ATLAS_FILE
-    stored = _read(path) if path.is_file() else None
-    if stored is None:
-        choice = _choose(fold, image_loader)
+    if not path.is_file():
+        # Once for all folds, by those of the first, so that it does not matter which is trained first.
+        first = resolve_fold(dataset_folder, [*fold.train, *fold.validation], fold.labelled, 0)
+        choice = _choose(first, image_loader)
         # Where every labelled case serves, the file names them all: each fold then leaves out its own validation cases.
         partly = set(fold.labelled) < {*fold.train, *fold.validation}
         names = sorted(fold.labelled) if partly else choice.atlases
         save_choice(dataset_folder, names, by_user=False, how=choice.how)
-        return choice
+        if set(choice.atlases) <= set(fold.train) and not partly:
+            return choice
+    stored = _read(path)
     entry = stored.get("folds", {}).get(str(fold.number), stored)
     if _is_users(entry):
         where = f"named by the user in {path}"

@@ -51,6 +51,16 @@ def test_another_atlas_is_chosen_and_stored_for_a_fold_that_holds_it_out(tmp_pat
     assert resolve(tmp_path, list("abcd"), loader=never).atlases == ["d"]
 
 
+def test_it_does_not_matter_which_fold_is_trained_first(tmp_path):
+    splits = [{"train": list("abc"), "val": ["d"]}, {"train": list("abd"), "val": ["c"]}]
+    for name, folds in (("forwards", (0, 1)), ("backwards", (1, 0))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "splits_final.json").write_text(json.dumps(splits))
+        for fold in folds:
+            parts = splits[fold]
+            assert resolve(tmp_path / name, parts["train"], parts["val"], fold=fold).atlases == ["b"]
+
+
 def test_every_labelled_training_case_of_a_partly_labelled_data_set_is_an_atlas(tmp_path):
     assert resolve(tmp_path, list("abc"), "d", "ad", loader=never).atlases == ["a"]
     assert resolve(tmp_path, list("bcd"), "a", "ad", 1, loader=never).atlases == ["d"]

@@ -186,7 +186,7 @@ def test_validation_without_labels_says_so(prepare, make_trainer):
     trainer.initialize()
     trainer.perform_actual_validation()
     assert "there is nothing to score for fold 0, since none of its validation cases has a label" in log_of(trainer)
-    assert os.listdir(os.path.join(trainer.output_folder, "validation")) == []
+    assert os.listdir(os.path.join(trainer.output_folder, "validation")) == ["summary.json"]
 
 
 def test_validation_of_fold_all_says_so(prepare, make_trainer):

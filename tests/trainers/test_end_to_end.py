@@ -1,6 +1,7 @@
 """nnU-Net's own command for training, from preprocessed cases to scores, with real registrations and loaders."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -40,6 +41,21 @@ def test_each_trainer_runs_on_one_label(name, configuration, prepare, short):
     assert torch.isfinite(weights(folder)).all()
     assert "there is nothing to score" in logs(folder)
     assert "Atlas: case_00" in logs(folder)
+
+
+@pytest.mark.parametrize("fold", [0, "all"])
+def test_a_model_with_nothing_to_score_is_exported_by_nnunet(fold, prepare, short, tmp_path, monkeypatch):
+    from nnunetv2.model_sharing import model_export
+
+    dataset = prepare(labelled=("case_00",))
+    train(dataset, "OneShotSynthesisTrainer_1epoch", fold=fold)
+    monkeypatch.setattr(model_export, "nnUNet_results", str(dataset.results.parent))
+    target = tmp_path / "model.zip"
+    model_export.export_pretrained_model(
+        dataset.name, str(target), ("3d_fullres",), "OneShotSynthesisTrainer_1epoch", PLANS, (fold,)
+    )
+    with zipfile.ZipFile(target) as archive:
+        assert any(name.endswith("checkpoint_final.pth") for name in archive.namelist())
 
 
 def test_2d_images(prepare, short):

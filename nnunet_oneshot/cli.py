@@ -267,6 +267,45 @@ def _add_plan_and_preprocess(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_plan_and_preprocess)
 
 
+def _preprocess(options: argparse.Namespace) -> None:
+    import nnunet_oneshot.registries  # noqa: F401  (names in the plans are checked against them)
+    from nnunet_oneshot.data.options import DEFAULT_CONFIGURATIONS, Options
+    from nnunet_oneshot.data.plan_and_preprocess import plan_and_preprocess
+
+    plan_and_preprocess(
+        options.d,
+        None,
+        Options(
+            atlases=options.atlas,
+            configurations=options.c or DEFAULT_CONFIGURATIONS,
+            num_processes=options.np,
+            plans_name=options.plans_name,
+            verbose=options.verbose,
+            progress=not options.no_pbar,
+        ),
+    )
+
+
+def _add_preprocess(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "preprocess",
+        help="preprocess with existing plans, such as those of another data set",
+        description="Preprocesses a raw data set with plans that lie in its folder in nnUNet_preprocessed, for example "
+        "after nnUNetv2_move_plans_between_datasets. Options are named as those of nnUNetv2_preprocess.",
+    )
+    add = parser.add_argument
+    add("-d", required=True, metavar="DATASET", help="number or name of a data set in nnUNet_raw")
+    add("-plans_name", "-p", required=True, metavar="PLANS", help="name of the plans")
+    add(
+        "-c", nargs="+", metavar="CONFIGURATION", help="configurations; default: 2d 3d_fullres 3d_lowres, where planned"
+    )
+    add("-np", nargs="+", type=int, metavar="N", help="processes, one number or one a configuration")
+    add("--atlas", nargs="+", metavar="CASE", help="labelled cases to warp; default: oneshot_atlas.json, else chosen")
+    add("--verbose", action="store_true", help="print everything that nnU-Net's preprocessor prints")
+    add("--no_pbar", action="store_true", help="show no progress bars")
+    parser.set_defaults(run=_preprocess)
+
+
 def _propagate(options: argparse.Namespace) -> None:
     from nnunet_oneshot.evaluation.propagation import propagate
 
@@ -420,6 +459,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_env(subparsers)
     _add_export(subparsers)
     _add_plan_and_preprocess(subparsers)
+    _add_preprocess(subparsers)
     _add_propagate(subparsers)
     _add_register(subparsers)
     _add_register_pair(subparsers)

@@ -58,13 +58,14 @@ class Planner(Protocol):
 
 
 def plan_and_preprocess(
-    dataset: int | str, planner_class: type[Planner], options: Options, *, log: Callable[[str], None] = print
+    dataset: int | str, planner_class: type[Planner] | None, options: Options, *, log: Callable[[str], None] = print
 ) -> Path:
     """Checks a raw data set, extracts its fingerprint, plans and preprocesses.
 
     Args:
         dataset: Number or name of the data set below ``nnUNet_raw``.
-        planner_class: A class of ``nnunet_oneshot.planners``.
+        planner_class: A class of ``nnunet_oneshot.planners``; None preprocesses with the plans that
+            ``options.plans_name`` names, such as plans of another data set that were moved here.
         options: See `Options`.
         log: Receives each line that is shown.
 
@@ -80,8 +81,9 @@ def plan_and_preprocess(
     for note in check_files(raw):
         log(f"Note: {note}")
     folder = preprocessed / raw.name
-    plans_file = folder / f"{options.plans_name or planner_class.default_plans_name}.json"
-    previous = load_json_checked(plans_file, "the plans file") if plans_file.is_file() else {}
+    default_name = planner_class.default_plans_name if planner_class else ""
+    plans_file = folder / f"{options.plans_name or default_name}.json"
+    previous = load_json_checked(plans_file, "the plans file") if plans_file.is_file() or not planner_class else {}
     check_options(raw, options, previous)
     config = OneShotConfig.from_plans({BLOCK: previous.get(BLOCK, {}), "plans_name": plans_file.stem})
 
@@ -101,7 +103,11 @@ def plan_and_preprocess(
             log(f"Fingerprint: geometry of {len(raw.cases)} images, intensities of {', '.join(choice.atlases)} only")
         if options.atlases is not None:
             save_choice(folder, choice.atlases, by_user=True, how=choice.how)
-        plans = _plan(raw, planner_class, options, log)
+        if planner_class is None:
+            _copy_description(raw, folder)
+            plans = previous
+        else:
+            plans = _plan(raw, planner_class, options, log)
         _copy_labels(raw, folder, log)
         if not options.no_preprocessing:
             for configuration, processes in _configurations(plans, options, log):
@@ -271,6 +277,12 @@ def _configurations(plans: Mapping[str, Any], options: Options, log: Callable[[s
             f"{', '.join(available)}."
         )
     return chosen
+
+
+def _copy_description(raw: RawDataset, folder: Path) -> None:
+    """Copies ``dataset.json``, as nnU-Net's planner does."""
+    with atomic_path(folder / "dataset.json") as temporary:
+        shutil.copyfile(raw.folder / "dataset.json", temporary)
 
 
 def _copy_labels(raw: RawDataset, folder: Path, log: Callable[[str], None]) -> None:

@@ -261,3 +261,29 @@ def test_failed_preprocessing_keeps_what_was_there(tiny_dataset, monkeypatch, ca
     assert "No space left" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert not list(dataset.preprocessed.glob(".*"))
+
+
+def test_plans_of_another_data_set_are_preprocessed_with(tiny_dataset):
+    from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import (
+        move_plans_between_datasets,
+    )
+
+    source = tiny_dataset(n_cases=4, dataset_id=901)
+    plan = ["plan_and_preprocess", "-d", "901", "-pl", "OneShotCPUPlanner", "-c", "3d_fullres", "--no_pbar"]
+    assert main(plan) == 0
+    target = tiny_dataset(n_cases=3, dataset_id=902, seed=1)
+    target.preprocessed.mkdir(exist_ok=True)
+    move_plans_between_datasets(source.id, target.id, "nnUNetOneShotCPUPlans", "Moved")
+    command = ["preprocess", "-d", "902", "-plans_name", "Moved", "-c", "3d_fullres", "--no_pbar"]
+    assert main(command) == 0
+    plans = json.loads((target.preprocessed / "Moved.json").read_text())
+    assert plans["dataset_name"] == target.name and "oneshot" in plans
+    folder = target.preprocessed / plans["configurations"]["3d_fullres"]["data_identifier"]
+    assert len(list(folder.glob("*.pkl"))) == 3
+    assert (target.preprocessed / "dataset.json").is_file()
+
+
+def test_preprocessing_with_plans_that_do_not_exist_is_an_error(tiny_dataset, capsys):
+    tiny_dataset(n_cases=3)
+    assert main(["preprocess", "-d", "901", "-plans_name", "None", "-c", "3d_fullres"]) == 1
+    assert "the plans file" in capsys.readouterr().err.lower()

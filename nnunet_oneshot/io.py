@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         The path to write to. It has the suffixes of ``target``, since many writers choose a format by them.
     """
     target = Path(target)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + target.name, dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix("partial"), suffix=f"-{target.name}", dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -37,6 +39,37 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _prefix(kind: str) -> str:
+    """Beginning of a temporary name: its host and process, so that those that killed processes left are known."""
+    return f".{kind}-{socket.gethostname()}-{os.getpid()}-"
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Removes what killed processes of this host left beside a folder of this name; restores what one had put aside."""
+    pattern = re.compile(rf"\.(partial|previous)-{re.escape(socket.gethostname())}-(\d+)-\w+-{re.escape(target.name)}")
+    for path in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or not path.is_dir() or _is_alive(int(match[2])):
+            continue
+        if match[1] == "previous" and not target.exists():
+            os.replace(path, target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":
+        # There the signal 0 would interrupt it.
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def is_occupied(path: str | os.PathLike) -> bool:
@@ -56,11 +89,13 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
         The folder to write to.
     """
     target = Path(target)
-    temporary = target.with_name(f".partial-{target.name}")
-    previous = target.with_name(f".previous-{target.name}")
-    for leftover in (temporary, previous):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(target)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix("partial"), suffix=f"-{target.name}", dir=target.parent))
+    previous = temporary.with_name(temporary.name.replace("partial", "previous", 1))
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o777 & ~mask)
     try:
         yield temporary
         if target.exists():

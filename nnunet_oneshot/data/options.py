@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nnunet_oneshot.config import BLOCK
 from nnunet_oneshot.data.atlas import check_labelled
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.names import check_name
 
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 _NNUNET_CONFIGURATIONS = (*DEFAULT_CONFIGURATIONS, "3d_cascade_fullres")
@@ -67,10 +67,8 @@ def check_options(raw: RawDataset, options: Options, previous: Mapping[str, Any]
     spacing = options.target_spacing
     if spacing is not None and (len(spacing) != 3 or min(spacing) <= 0):
         raise OneShotError(f"-overwrite_target_spacing is {list(spacing)}: give three numbers (mm) above 0.")
-    if options.plans_name is not None and (
-        not options.plans_name or Path(options.plans_name).name != options.plans_name
-    ):
-        raise OneShotError(f"-overwrite_plans_name is {options.plans_name!r}: give a name, not a path.")
+    if options.plans_name is not None:
+        check_name(options.plans_name, "name of the plans", "-overwrite_plans_name")
     if options.atlases is not None:
         check_labelled(options.atlases, raw.cases, raw.labelled, "named by --atlas")
         stored = previous.get(BLOCK, {}).get("atlases")

@@ -19,6 +19,7 @@ from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env
+from nnunet_oneshot.names import check_name, inside
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class PreparedDataset:
         """
         (preprocessed,) = require_env("nnUNet_preprocessed")
         base = preprocessed / dataset_name(dataset, preprocessed)
+        check_name(plans_name, "name of the plans", "-p")
         if not (base / f"{plans_name}.json").is_file():
             found = sorted(p.stem for p in base.glob("*Plans*.json"))
             raise OneShotError(
@@ -97,8 +99,13 @@ class PreparedDataset:
 
     @property
     def folder(self) -> Path:
-        """Folder of the preprocessed cases."""
-        return self.base / self.configuration_manager.data_identifier
+        """Folder of the preprocessed cases.
+
+        Raises:
+            OneShotError: The plans name a place outside of the dataset's folder.
+        """
+        where = f"configuration {self.configuration} of plans {self.plans_name}"
+        return inside(self.base, self.configuration_manager.data_identifier, "data_identifier", where)
 
     @property
     def file_ending(self) -> str:

@@ -24,6 +24,10 @@ from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.data.verify import check_nifti
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_folder, writing
+from nnunet_oneshot.names import inside
+
+# What nnU-Net keeps of a preprocessed case.
+_CASE_FILES = (".b2nd", ".npy", ".npz", ".pkl")
 
 
 class OneShotPreprocessor(DefaultPreprocessor):
@@ -105,7 +109,9 @@ def preprocess_configuration(
     Raises:
         OneShotError: A case failed, or the folder cannot be written.
     """
-    target = dataset_folder / PlansManager(plans).get_configuration(configuration).data_identifier
+    identifier = PlansManager(plans).get_configuration(configuration).data_identifier
+    target = inside(dataset_folder, identifier, "data_identifier", f"configuration {configuration} of the plans")
+    _check_replaceable(target, configuration)
     with writing(dataset_folder), atomic_folder(target) as folder:
         shared = _Target(str(folder), plans, configuration, raw.dataset_json, verbose)
         run_on_cases(
@@ -116,6 +122,20 @@ def preprocess_configuration(
             show_progress=show_progress,
         )
     return target
+
+
+def _check_replaceable(folder: Path, configuration: str) -> None:
+    """Refuses to replace a folder that holds anything but preprocessed cases."""
+    if not folder.exists():
+        return
+    foreign = [path.name for path in sorted(folder.iterdir()) if path.suffix not in _CASE_FILES]
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise OneShotError(
+            f"{folder}, which the plans name as the data_identifier of configuration {configuration}, holds other "
+            f"things than preprocessed cases ({shown}) and is not replaced: give the configuration another "
+            f"data_identifier."
+        )
 
 
 @dataclass(frozen=True)

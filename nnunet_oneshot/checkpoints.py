@@ -7,13 +7,17 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
+import numpy as np
 import torch
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_path, writing
 
+# The function by which numpy's numbers are restored, whose module differs between releases.
+_numpy_scalar = np.float64(0).__reduce__()[0]
 # RuntimeErrors that say nothing about a file.
 _OF_THE_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -59,6 +63,43 @@ def loading_checkpoint(path: str | os.PathLike, *, advice: str) -> Iterator[None
         raise OneShotError(_unreadable(path, error, advice)) from error
     except pickle.UnpicklingError as error:
         raise OneShotError(_unreadable(path, error, advice)) from error
+
+
+def load_data(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a checkpoint of nnU-Net, of which nothing is run: tensors, plain types and numpy's numbers.
+
+    ``torch.load`` would otherwise run whatever code the file names.
+
+    Args:
+        path: A file that somebody else may have written.
+
+    Raises:
+        OneShotError: The file holds anything else.
+    """
+    scalars = [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    numbers = [np.dtype, *scalars, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
+    try:
+        with torch.serialization.safe_globals(numbers):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if foreign := _foreign_objects(path):
+            raise OneShotError(
+                f"The checkpoint {path} holds more than numbers and weights ({', '.join(foreign)}), which could run "
+                f"code. It was not opened: use a checkpoint that nnU-Net wrote."
+            ) from error
+        raise
+    if not isinstance(content, dict):
+        raise OneShotError(f"The checkpoint {path} holds {type(content).__name__}, not what nnU-Net stores.")
+    return content
+
+
+def _foreign_objects(path: str | os.PathLike) -> list[str]:
+    """What a checkpoint needs beside plain data, by name; empty where the file cannot be read at all."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # whatever a damaged archive raises
+        return []
+    return [name for name in found if not name.startswith("numpy")]
 
 
 def _unreadable(path: str | os.PathLike, error: Exception, advice: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nnunet_oneshot.checkpoints import loading_checkpoint
+from nnunet_oneshot.checkpoints import load_data, loading_checkpoint
 from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
@@ -149,7 +149,7 @@ def _write_model(source: Path, model: Path, *, folds: Sequence[str], configurati
 def _load_checkpoint(path: Path) -> dict:
     advice = "Train this fold again, or leave it out with -f."
     with loading_checkpoint(path, advice=advice):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        checkpoint = load_data(path)
         return {key: checkpoint.get(key) for key in _KEPT} | {"network_weights": checkpoint["network_weights"]}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nnunet_oneshot.checkpoints import load_data
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 
@@ -89,6 +90,9 @@ def load_predictor(folder: Path, folds: Sequence[str], device: str | torch.devic
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     device = torch.device(device)
+    # nnU-Net would run the code that a checkpoint names.
+    for fold in folds:
+        load_data(folder / f"fold_{fold}" / CHECKPOINT)
     # nnU-Net tells on the console where it looks for classes; here that is of no interest.
     with _variable(VARIABLE, ext_trainer_value(os.environ.get(VARIABLE))), contextlib.redirect_stdout(io.StringIO()):
         predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type != "cpu", allow_tqdm=False)

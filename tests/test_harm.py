@@ -117,3 +117,14 @@ def test_what_killed_processes_left_is_removed_and_what_they_put_aside_is_restor
     assert (target / "old").read_text() == "kept"
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == sorted(["data", left("partial", os.getpid(), "data"), left("partial", dead, "other")])
+
+
+def test_two_plannings_at_once_leave_all_cases(tiny_dataset):
+    dataset = tiny_dataset(n_cases=4)
+    command = [sys.executable, "-m", "nnunet_oneshot.cli", "plan_and_preprocess", "-d", str(dataset.id), "--no_pbar"]
+    command += ["-pl", "OneShotCPUPlanner", "-c", "3d_fullres"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert len(list((dataset.preprocessed / f"{PLANS}_3d_fullres").glob("*.pkl"))) == 4
+    assert not [path for path in dataset.preprocessed.iterdir() if path.name.startswith(".") or path.suffix == ".lock"]

@@ -24,6 +24,7 @@ from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
+from nnunet_oneshot.locks import free, take_or_refuse
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.synthesis.data_loader import wrap_workers
@@ -33,6 +34,7 @@ from nnunet_oneshot.versions import versions
 CUDA = torch.device("cuda")
 # Beside the checkpoints: settings in force, atlases and versions of a training.
 SETTINGS_FILE = "oneshot_settings.json"
+LOCK_FILE = "training.lock"
 
 _Network = TypeVar("_Network", bound=torch.nn.Module)
 
@@ -82,12 +84,18 @@ class OneShotTrainer(nnUNetTrainer):
         self.network = self.place(self.network)
 
     def on_train_start(self) -> None:
+        # Two trainings in one folder would overwrite each other's checkpoints.
+        take_or_refuse(join(self.output_folder, LOCK_FILE), "training")
         self._check_settings()
         # nnU-Net copies its fingerprint to the results, and stops where there is none.
         own = BLOCK in self.plans_manager.plans
         with fingerprint_standing_in(nnunet_trainer_module, self.prepared.base) if own else nullcontext():
             super().on_train_start()
         self._keep_settings()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        free(join(self.output_folder, LOCK_FILE))
 
     def place(self, network: _Network) -> _Network:
         """A network on the device of training, in the memory format that is fastest there."""

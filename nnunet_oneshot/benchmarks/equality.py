@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 
-from nnunet_oneshot.checkpoints import loading_checkpoint
+from nnunet_oneshot.checkpoints import load_data, loading_checkpoint
 from nnunet_oneshot.errors import OneShotError, exit_status
 
 # Names and arrays of what a file holds.
@@ -40,7 +40,7 @@ def read_arrays(path: Path) -> Content:
 def read_network(path: Path) -> Content:
     """The tensors of a checkpoint's network, or of a teacher's file."""
     with loading_checkpoint(path, advice="Leave it out of the comparison."):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        checkpoint = load_data(path)
         weights = checkpoint.get("network_weights", checkpoint.get("distiller", checkpoint))
     return {name: value.numpy() for name, value in weights.items() if isinstance(value, torch.Tensor)}
 

@@ -32,6 +32,7 @@ from nnunet_oneshot.data.splits import SPLITS_FILE, resolve_fold
 from nnunet_oneshot.data.verify import check_files
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_path, load_json_checked, require_env, writing
+from nnunet_oneshot.locks import waiting_for
 
 _DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
 
@@ -89,6 +90,7 @@ def plan_and_preprocess(
 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder), waiting_for(folder / "planning.lock", log, f"planning of {raw.name}"):
         surveys = _Surveys(raw, options, log)
         if options.clean or options.verify or not images_unchanged(raw, folder):
             surveys.get()
@@ -96,11 +98,7 @@ def plan_and_preprocess(
             _verify_other_labels(raw, options, log)
         choice = _choose_atlases(raw, folder, options, config, surveys, log)
         if options.clean or not fingerprint_unchanged(raw, folder, choice.atlases):
-            fingerprint, warnings = make_fingerprint(raw, surveys.get(), choice.atlases)
-            for warning in warnings:
-                log(f"Warning: {warning}")
-            save_fingerprint(fingerprint, folder)
-            log(f"Fingerprint: geometry of {len(raw.cases)} images, intensities of {', '.join(choice.atlases)} only")
+            _extract_fingerprint(raw, folder, surveys, choice, log)
         if options.atlases is not None:
             save_choice(folder, choice.atlases, by_user=True, how=choice.how)
         if planner_class is None:
@@ -123,6 +121,16 @@ def plan_and_preprocess(
                 )
                 log(f"Preprocessed {len(raw.cases)} cases for {configuration}: {target}")
     return plans_file
+
+
+def _extract_fingerprint(
+    raw: RawDataset, folder: Path, surveys: _Surveys, choice: AtlasChoice, log: Callable[[str], None]
+) -> None:
+    fingerprint, warnings = make_fingerprint(raw, surveys.get(), choice.atlases)
+    for warning in warnings:
+        log(f"Warning: {warning}")
+    save_fingerprint(fingerprint, folder)
+    log(f"Fingerprint: geometry of {len(raw.cases)} images, intensities of {', '.join(choice.atlases)} only")
 
 
 class _Surveys:

@@ -15,7 +15,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_oneshot.checkpoints import loading_checkpoint
+from nnunet_oneshot.checkpoints import load_data, loading_checkpoint
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.errors import OneShotError
@@ -170,7 +170,7 @@ class Student(SegmentingGuide):
     def _check_checkpoint(self, configuration: str) -> str:
         """Compares what the checkpoint says about its training; returns the name of its trainer."""
         with loading_checkpoint(self.checkpoint, advice="Train this fold again, or register without a guide."):
-            checkpoint = torch.load(self.checkpoint, map_location="cpu", weights_only=False)
+            checkpoint = load_data(self.checkpoint)
             arguments, trainer = checkpoint["init_args"], str(checkpoint["trainer_name"])
             found = {"configuration": arguments["configuration"], "fold": str(arguments["fold"])}
         self._same("configuration", found["configuration"], configuration)

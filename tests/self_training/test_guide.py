@@ -223,6 +223,11 @@ def edited_configuration(model, **changes):
     edited(model, "plans.json", configurations=plans["configurations"])
 
 
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
 def edited_checkpoint(model, **arguments):
     path = model / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(path, weights_only=False)
@@ -292,7 +297,8 @@ def test_a_student_in_training_is_not_compiled(student, monkeypatch):
     assert os.environ["nnUNet_compile"] == "true"
 
 
-def test_models_that_do_not_fit_are_refused(student, capsys, tmp_path):
+def test_models_that_do_not_fit_are_refused(student, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     dataset, model = student(n_cases=3)
     damages = [
         (lambda m: shutil.rmtree(m), "is no folder"),
@@ -300,6 +306,7 @@ def test_models_that_do_not_fit_are_refused(student, capsys, tmp_path):
         (lambda m: (m / "fold_0").rename(m / "fold_1"), "no finished training of fold 0"),
         (lambda m: (m / "fold_0" / "checkpoint_final.pth").write_bytes(b"x" * 100), "is damaged"),
         (lambda m: edited_checkpoint(m, fold=1), "another fold"),
+        (lambda m: edited_checkpoint(m, plans=Harmful()), "could run code"),
         (lambda m: edited_checkpoint(m, configuration="2d"), "another configuration"),
         (lambda m: edited(m, "plans.json", dataset_name="Dataset902_Other"), "another dataset"),
         (lambda m: edited(m, "plans.json", configurations={}), "without configuration 3d_fullres"),
@@ -315,6 +322,7 @@ def test_models_that_do_not_fit_are_refused(student, capsys, tmp_path):
         error = capsys.readouterr().err
         assert message in error and str(copy) in error
     assert not (dataset.preprocessed / "oneshot_registrations").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_methods_that_no_guide_can_change_are_refused(student, monkeypatch, tmp_path, capsys):

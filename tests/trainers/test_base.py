@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -414,3 +416,19 @@ def test_a_training_goes_on_with_the_settings_it_was_started_with(prepare, make_
     another = next(case for case in first.do_split()[0] if case not in first.roles.atlases)
     with pytest.raises(OneShotError, match="the atlas was"):
         resumed(atlases=[another]).on_train_start()
+
+
+def test_a_second_training_in_the_same_folder_is_refused(prepare, make_trainer, short, stubs):
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer")
+    lock = Path(trainer.output_folder) / "training.lock"
+    hold = f"import time; from nnunet_oneshot.locks import take; print(take({str(lock)!r}), flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline().strip() == b"True"
+        with pytest.raises(OneShotError, match="Another training is at work"):
+            trainer.on_train_start()
+    finally:
+        process.kill()
+        process.wait()
+    trainer.run_training()
+    assert not lock.exists()

@@ -1,0 +1,106 @@
+"""Keeps two processes from writing to one place at the same time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.io import writing
+
+# Locks that this process holds: it does not stand in its own way.
+_HELD: dict[Path, FileLock] = {}
+
+
+def take(path: str | os.PathLike) -> bool:
+    """Takes a lock for this process; its end frees it, however it ends. Where a file system has no locks, it is free.
+
+    Args:
+        path: The lock's file; its folder must exist.
+
+    Returns:
+        Whether it was free, or is held by this process already.
+
+    Raises:
+        OneShotError: The file cannot be written.
+    """
+    path = Path(path).absolute()
+    if path in _HELD:
+        return True
+    lock = FileLock(path)
+    with writing(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except NotImplementedError:
+            return True
+    _HELD[path] = lock
+    return True
+
+
+def free(path: str | os.PathLike) -> None:
+    """Gives a lock back and removes its file."""
+    lock = _HELD.pop(Path(path).absolute(), None)
+    if lock is not None:
+        # Before the release, so that nobody else's file is removed; where an open file cannot be, it stays.
+        with contextlib.suppress(OSError):
+            Path(path).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def waiting_for(path: str | os.PathLike, log: Callable[[str], None], what: str) -> Iterator[None]:
+    """Holds a lock for as long as the block lasts; waits for another process that has it, and says so.
+
+    Args:
+        path: The lock's file.
+        log: Receives the sentence.
+        what: What the other process does, such as ``"planning of Dataset004"``.
+    """
+    if not take(path):
+        log(f"Waiting for another {what}, which holds {path}.")
+        lock = FileLock(path)
+        with writing(path):
+            lock.acquire()
+        _HELD[Path(path).absolute()] = lock
+    try:
+        yield
+    finally:
+        free(path)
+
+
+def take_or_refuse(path: str | os.PathLike, what: str) -> None:
+    """Takes a lock; see `take`.
+
+    Args:
+        path: The lock's file.
+        what: What another process that has it does, such as ``"training"``.
+
+    Raises:
+        OneShotError: Another process has it.
+    """
+    if not take(path):
+        raise OneShotError(
+            f"Another {what} is at work in {Path(path).parent} and holds {Path(path).name}: wait until it ends, or "
+            f"stop it. Its end frees the lock."
+        )
+
+
+def _forget_in_child() -> None:
+    """A forked worker keeps no lock of its parent, which would outlive it."""
+    for lock in _HELD.values():
+        descriptor = getattr(lock._context, "lock_file_fd", None)
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            lock._context.lock_file_fd = None
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

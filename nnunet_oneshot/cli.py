@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from nnunet_oneshot import __version__
 from nnunet_oneshot.errors import OneShotError, exit_status
@@ -25,17 +24,25 @@ def _fold(text: str) -> str:
     return text
 
 
-class _Names(Sequence[str]):
-    """The names of a registry as choices of an option; loaded when the option is used, not when others are."""
+def _one_of(load: Callable[[], Iterable[str]], *, default: str) -> Callable[[str], str]:
+    """Type of an option that takes a name of a registry, which is loaded when another than the default is given."""
 
-    def __init__(self, load: Callable[[], Iterable[str]]) -> None:
-        self._load = load
+    # As `choices`, the names would be loaded for every help text, and torch with them.
+    def check(text: str) -> str:
+        if text != default:
+            names = list(load())
+            if text not in names:
+                raise argparse.ArgumentTypeError(
+                    f"invalid choice: {text!r} (choose from {', '.join(map(repr, names))})"
+                )
+        return text
 
-    def __getitem__(self, index: Any) -> Any:
-        return list(self._load())[index]
+    return check
 
-    def __len__(self) -> int:
-        return len(list(self._load()))
+
+def _load_registries() -> None:
+    """Makes all registered names known, against which those in settings are checked."""
+    import nnunet_oneshot.registries  # noqa: F401
 
 
 def _similarities() -> Iterable[str]:
@@ -84,6 +91,7 @@ def _add_guide(parser: argparse.ArgumentParser) -> None:
 def _benchmark(options: argparse.Namespace) -> None:
     from nnunet_oneshot.evaluation.benchmark import run_benchmark
 
+    _load_registries()
     run_benchmark(
         dataset=options.d,
         out=options.o,
@@ -207,10 +215,10 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
 
 def _plan_and_preprocess(options: argparse.Namespace) -> None:
     import nnunet_oneshot.planners as planners
-    import nnunet_oneshot.registries  # noqa: F401  (names in existing plans are checked against them)
     from nnunet_oneshot.data.options import DEFAULT_CONFIGURATIONS, Options
     from nnunet_oneshot.data.plan_and_preprocess import plan_and_preprocess
 
+    _load_registries()
     if options.pl not in planners.__all__:
         raise OneShotError(f"Unknown planner {options.pl!r}: known are {', '.join(planners.__all__)}.")
     for dataset in options.d:
@@ -268,10 +276,10 @@ def _add_plan_and_preprocess(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _preprocess(options: argparse.Namespace) -> None:
-    import nnunet_oneshot.registries  # noqa: F401  (names in the plans are checked against them)
     from nnunet_oneshot.data.options import DEFAULT_CONFIGURATIONS, Options
     from nnunet_oneshot.data.plan_and_preprocess import plan_and_preprocess
 
+    _load_registries()
     plan_and_preprocess(
         options.d,
         None,
@@ -309,6 +317,7 @@ def _add_preprocess(subparsers: argparse._SubParsersAction) -> None:
 def _propagate(options: argparse.Namespace) -> None:
     from nnunet_oneshot.evaluation.propagation import propagate
 
+    _load_registries()
     propagate(
         dataset=options.d,
         configuration=options.c,
@@ -337,7 +346,7 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", required=True, metavar="FOLDER", help="where the segmentations are written")
     parser.add_argument(
         "--method",
-        choices=_Names(_propagation_methods),
+        type=_one_of(_propagation_methods, default="registration"),
         metavar="NAME",
         default="registration",
         help="registration (of this package), corrected (the same with labels corrected by each image's intensities as "
@@ -351,6 +360,7 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
 def _register(options: argparse.Namespace) -> None:
     from nnunet_oneshot.registration.dataset.command import register
 
+    _load_registries()
     register(
         dataset=options.d,
         configuration=options.c,
@@ -406,7 +416,7 @@ def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-o", required=True, metavar="OUT", help="folder to make")
     parser.add_argument(
         "--similarity",
-        choices=_Names(_similarities),
+        type=_one_of(_similarities, default="lncc"),
         metavar="NAME",
         default="lncc",
         help="what is maximised; mind or nmi for images of different contrast (default: lncc)",

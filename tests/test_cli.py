@@ -1,5 +1,6 @@
 """The command line: fast, free of torch until it is needed, and clear about errors."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -35,6 +36,53 @@ def test_help_answers_within_a_third_of_a_second():
 
     # The best of several: other work on the machine must not fail this test.
     assert min(seconds() for _ in range(7)) < 0.3
+
+
+@pytest.mark.parametrize("command", build_parser()._subparsers._group_actions[0].choices)
+def test_help_of_a_command_does_not_load_torch(command):
+    code = "import sys, nnunet_oneshot.cli as c\ntry: c.main(sys.argv[1:])\nfinally: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (
+            ["register-pair", "a.nii.gz", "b.nii.gz", "-o", "out", "--similarity", "loud"],
+            "'lncc', 'mse', 'mind', 'nmi'",
+        ),
+        (
+            ["propagate", "-d", "1", "-c", "2d", "-o", "out", "--method", "loud"],
+            "'registration', 'corrected', 'affine', 'syn'",
+        ),
+    ],
+    ids=["similarity", "method"],
+)
+def test_a_name_that_is_not_registered_is_a_usage_error_that_lists_those_that_are(arguments, known, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    message = capsys.readouterr().err
+    assert f"argument {arguments[-2]}: invalid choice: 'loud' (choose from" in message and known in message
+
+
+# In a process of its own: here, other tests have loaded the registries.
+@pytest.mark.parametrize(
+    ("arguments", "block", "setting"),
+    [
+        (["benchmark", "--methods", "affine", "--set", "distillation.hint=loud"], {}, "hint"),
+        (["benchmark", "--methods", "affine", "--set", "registration.similarity=loud"], {}, "similarity"),
+        (["propagate"], {"distillation": {"hint": "loud"}}, "hint"),
+        (["register"], {"distillation": {"hint": "loud"}}, "hint"),
+    ],
+)
+def test_names_in_settings_are_checked_before_anything_runs(prepared_dataset, tmp_path, arguments, block, setting):
+    dataset = prepared_dataset(n_cases=5)
+    out = [] if arguments[0] == "register" else ["-o", str(tmp_path / "out")]
+    common = ["-d", str(dataset.id), "-c", "3d_fullres", "-p", "nnUNetOneShotCPUPlans", *out]
+    result = run(arguments[0], *common, *arguments[1:], nnUNet_oneshot_overrides=json.dumps(block) if block else None)
+    assert result.returncode == 1, result.stderr
+    assert f'"{setting}"' in result.stderr and "loud" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_version():

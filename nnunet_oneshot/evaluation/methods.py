@@ -138,8 +138,11 @@ def parse_method(text: str) -> Method:
 
 
 def _split_settings(settings: str) -> list[str]:
-    """Splits at the commas before a ``key=`` or a name, so that values may hold commas."""
-    return [part for part in re.split(r",(?=[A-Za-z_][\w.]*=|[a-z][a-z-]*(?:,|$))", settings) if part]
+    """Splits at the commas before a ``key=`` or an ablation's name, so that values may hold commas."""
+    names = "|".join(map(re.escape, ABLATIONS))
+    parts = re.split(rf",(?=[A-Za-z_][\w.]*=|(?:{names})(?:,|$))", settings)
+    # What is no setting is names alone, known or not.
+    return [name for part in parts for name in ([part] if "=" in part else part.split(",")) if name]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

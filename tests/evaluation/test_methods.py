@@ -4,7 +4,7 @@ import pytest
 
 from nnunet_oneshot.config import OneShotConfig, merge_settings
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.evaluation.ablations import ABLATIONS
+from nnunet_oneshot.evaluation.ablations import ABLATIONS, Ablation
 from nnunet_oneshot.evaluation.methods import BASELINES, default_methods, parse_method, parse_settings, trainer_name
 
 
@@ -42,6 +42,27 @@ def test_an_ablation_is_named_and_mixed_with_settings():
         "synthesis": {"p_appearance": 0},
         "seed": [1, 2],
     }
+
+
+@pytest.mark.parametrize("name", ["real-35", "levels_3", "Loud"])
+def test_any_name_of_an_ablation_can_be_mixed(name):
+    ABLATIONS.add(name, Ablation("Another seed.", {"seed": 3}))
+    try:
+        for text in (f"distill:{name},no-hint", f"distill:no-hint,{name}"):
+            assert parse_method(text).overrides == {"distillation": {"hint": "none"}, "seed": 3}
+    finally:
+        ABLATIONS.remove(name)
+
+
+def test_values_may_hold_commas_before_words():
+    assert parse_method("distill:registration.guide=/models/a,b").overrides == {
+        "registration": {"guide": "/models/a,b"}
+    }
+
+
+def test_an_unknown_ablation_is_named_alone():
+    with pytest.raises(OneShotError, match="The ablation 'magic' is not known: known are no-hint, "):
+        parse_method("distill:no-hint,magic")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -76,7 +76,7 @@ def load_data(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         OneShotError: The file holds anything else.
     """
-    scalars = [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    scalars: list[Any] = [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     numbers = [np.dtype, *scalars, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
     try:
         with torch.serialization.safe_globals(numbers):

@@ -191,7 +191,7 @@ class OneShotTrainer(nnUNetTrainer):
             )
             maybe_mkdir_p(join(self.output_folder, "validation"))
             # nnUNetv2_export_model_to_zip wants the file of every fold.
-            nothing = {"foreground_mean": {}, "mean": {}, "metric_per_case": []}
+            nothing: dict[str, Any] = {"foreground_mean": {}, "mean": {}, "metric_per_case": []}
             save_json_atomic(nothing, join(self.output_folder, "validation", "summary.json"))
             return
         if len(fold.scored) < len(fold.validation):

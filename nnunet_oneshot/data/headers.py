@@ -107,7 +107,7 @@ def _complete(header: Any) -> None:
     """Sets the one form whose code is 0 from the other."""
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     if qform > 0 and sform == 0:
-        header.set_sform(header.get_qform(), code=qform)
+        header.set_sform(_qform(header), code=qform)
     elif sform > 0 and qform == 0:
         affine, edges = header.get_sform(), header["pixdim"][1:4].copy()
         if not is_sheared(affine) and np.allclose(np.linalg.norm(affine[:3, :3], axis=0), edges, rtol=1e-4):

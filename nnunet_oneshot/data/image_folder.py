@@ -6,10 +6,11 @@ import os
 import re
 from pathlib import Path
 
-from nnunet_oneshot.data.raw import RawDataset
+from nnunet_oneshot.data.raw import RawDataset, visible_files
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.names import check_name
 
-_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>[0-9]{4})")
 
 
 class ImageFolder(RawDataset):
@@ -34,7 +35,9 @@ class ImageFolder(RawDataset):
         if not self.folder.is_dir():
             raise OneShotError(f"{self.folder} is not a folder: name the folder that holds the images.")
         ending = file_ending if file_ending.startswith(".") else f".{file_ending}"
-        names = sorted(entry.name[: -len(ending)] for entry in self.folder.iterdir() if entry.name.endswith(ending))
+        names = [
+            check_name(name[: -len(ending)], "image", self.folder / name) for name in visible_files(self.folder, ending)
+        ]
         if not names:
             present = sorted({"".join(entry.suffixes[-2:]) for entry in self.folder.iterdir() if entry.is_file()})
             raise OneShotError(

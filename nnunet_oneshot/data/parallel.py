@@ -15,8 +15,20 @@ from nnunet_oneshot.errors import OneShotError
 
 
 def default_processes(upper: int = 8) -> int:
-    """``nnUNet_def_n_proc`` where it is set, else ``upper``, and never more than there are cores."""
-    return max(1, min(int(os.environ.get("nnUNet_def_n_proc", upper)), upper, os.cpu_count() or 1))
+    """``nnUNet_def_n_proc`` where it is set, else ``upper``, and never more than there are cores.
+
+    Raises:
+        OneShotError: The variable is no whole number.
+    """
+    wanted = os.environ.get("nnUNet_def_n_proc", str(upper))
+    try:
+        number = int(wanted)
+    except ValueError as error:
+        raise OneShotError(
+            f"The environment variable nnUNet_def_n_proc is {wanted!r}: set it to a whole number of processes, such as "
+            f"{upper}, or unset it."
+        ) from error
+    return max(1, min(number, upper, os.cpu_count() or 1))
 
 
 def run_on_cases(

@@ -65,8 +65,12 @@ class RawDataset:
 
     def label(self, case: str) -> str | None:
         """Path of the case's label file, or None where it does not exist."""
-        path = self._files[case][1]
+        path = self.expected_label(case)
         return path if path is not None and os.path.isfile(path) else None
+
+    def expected_label(self, case: str) -> str | None:
+        """Path at which the case's label would lie, or None where ``dataset.json`` lists none."""
+        return self._files[case][1]
 
     @cached_property
     def label_manager(self) -> Any:
@@ -145,7 +149,9 @@ class RawDataset:
                 raise OneShotError(f'Case {case} in {path} has no list "images": give its channels\' paths.')
             label = entry.get("label")
             if label is not None and not isinstance(label, str):
-                raise OneShotError(f'Case {case} in {path} has the "label" {label!r}: give the path of a file, or none.')
+                raise OneShotError(
+                    f'Case {case} in {path} has the "label" {label!r}: give the path of a file, or none.'
+                )
             files[case] = ([absolute(file) for file in images], absolute(label) if label else None)
         return files
 
@@ -208,8 +214,8 @@ def _training_name(case: str, where: Path) -> str:
     check_name(case, "case", where)
     if case.endswith(_LABEL_SUFFIX):
         raise OneShotError(
-            f"The case {case} of {where} cannot be used: nnU-Net takes names that end in {_LABEL_SUFFIX} for labels and "
-            f"would lose it. Rename it and its files."
+            f"The case {case} of {where} cannot be used: nnU-Net takes names that end in {_LABEL_SUFFIX} for labels "
+            f"and would lose it. Rename it and its files."
         )
     return case
 

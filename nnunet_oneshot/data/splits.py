@@ -20,6 +20,7 @@ from nnunet_oneshot.io import load_json_checked, save_json_atomic
 SPLITS_FILE = "splits_final.json"
 _FOLDS = 5
 _SEED = 12345  # nnU-Net's
+_REMEDY = "Edit the file, or delete it to have it made anew."
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def resolve_fold(
     path = folder / SPLITS_FILE
     if not path.is_file():
         save_json_atomic(create_splits(cases, labelled), path)
-    splits = _read_splits(path)
+    splits = read_splits(path)
     if int(number) < len(splits):
         train, val = splits[int(number)]["train"], splits[int(number)]["val"]
         _check_fold(path, int(number), train, val, cases, labelled)
@@ -121,37 +122,70 @@ def create_splits(cases: Sequence[str], labelled: Sequence[str]) -> list[dict[st
     ]
 
 
-def _read_splits(path: Path) -> list[dict[str, Any]]:
+def read_splits(path: str | Path) -> list[dict[str, Any]]:
+    """The folds of a ``splits_final.json``.
+
+    Raises:
+        OneShotError: The file is missing or damaged, or holds no list of at least one fold.
+    """
     splits = load_json_checked(path, "the file of splits")
 
     def is_part(part: Any) -> bool:
         return isinstance(part, list) and all(isinstance(case, str) for case in part)
 
+    expected = 'a list of folds, each {"train": [case names], "val": [case names]}'
+    if splits == []:
+        raise OneShotError(f"{path} holds no fold: write {expected}, or delete it to have it made anew.")
     if not isinstance(splits, list) or not all(
         isinstance(fold, dict) and is_part(fold.get("train")) and is_part(fold.get("val")) for fold in splits
     ):
-        raise OneShotError(
-            f'{path} must hold a list of folds, each {{"train": [case names], "val": [case names]}}: mend it, or '
-            f"delete it to have it made anew."
-        )
+        raise OneShotError(f"{path} must hold {expected}: mend it, or delete it to have it made anew.")
     return splits
+
+
+def check_splits(path: str | Path, cases: Sequence[str]) -> list[dict[str, Any]]:
+    """Reads a ``splits_final.json`` and makes sure that each of its folds fits a data set.
+
+    Whether a fold has an atlas is left to its training, since others may be trained.
+
+    Args:
+        path: The file.
+        cases: All cases of the data set.
+
+    Returns:
+        The folds.
+
+    Raises:
+        OneShotError: As `read_splits`, or a fold names other cases, one twice, or one for both parts.
+    """
+    splits = read_splits(path)
+    for number, fold in enumerate(splits):
+        _check_names(path, number, fold["train"], fold["val"], cases)
+    return splits
+
+
+def _check_names(path: str | Path, fold: int, train: Sequence[str], val: Sequence[str], cases: Sequence[str]) -> None:
+    """Raises when a fold names what it must not."""
+    unknown = sorted({*train, *val} - set(cases))
+    if unknown:
+        raise OneShotError(f"Fold {fold} of {path} names cases that are not in the data set: {unknown}. {_REMEDY}")
+    overlap = sorted(set(train) & set(val))
+    if overlap:
+        raise OneShotError(f"Fold {fold} of {path} has cases both in training and validation: {overlap}. {_REMEDY}")
+    twice = sorted({case for part in (train, val) for case in part if part.count(case) > 1})
+    if twice:
+        raise OneShotError(f"Fold {fold} of {path} names cases more than once: {twice}. {_REMEDY}")
 
 
 def _check_fold(
     path: Path, fold: int, train: Sequence[str], val: Sequence[str], cases: Sequence[str], labelled: Sequence[str]
 ) -> None:
     """Raises when a fold of the file cannot be trained on."""
-    remedy = "Edit the file, or delete it to have it made anew."
-    unknown = sorted({*train, *val} - set(cases))
-    if unknown:
-        raise OneShotError(f"Fold {fold} of {path} names cases that are not in the data set: {unknown}. {remedy}")
-    overlap = sorted(set(train) & set(val))
-    if overlap:
-        raise OneShotError(f"Fold {fold} of {path} has cases both in training and validation: {overlap}. {remedy}")
+    _check_names(path, fold, train, val, cases)
     if not set(train) & set(labelled):
         raise OneShotError(
             f"Fold {fold} of {path} has no labelled case in its training part, so there is no atlas. "
-            f"Labelled: {', '.join(labelled)}. {remedy}"
+            f"Labelled: {', '.join(labelled)}. {_REMEDY}"
         )
 
 

@@ -6,6 +6,7 @@ import base64
 import html
 import os
 import platform
+import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -65,9 +66,9 @@ def write_report(
     }
     pictures = _pictures(out, raw=raw, preprocessed=preprocessed, model=model, labels=labels)
     with atomic_path(out / "report.md") as temporary:
-        Path(temporary).write_text(_markdown(report))
+        Path(temporary).write_text(_markdown(report), encoding="utf-8")
     with atomic_path(out / "report.html") as temporary:
-        Path(temporary).write_text(_page(report, pictures))
+        Path(temporary).write_text(_page(report, pictures), encoding="utf-8")
     save_json_atomic(report, out / "report.json")
     return report
 
@@ -147,16 +148,21 @@ def _facts(report: dict) -> str:
 
 
 def _markdown(report: dict) -> str:
-    lines = ["# One-shot segmentation of phantoms", "", _facts(report), ""]
+    lines = ["# One-shot segmentation of phantoms", "", _plain(_facts(report)), ""]
     lines += ["| label | " + " | ".join(_METHODS.values()) + " |", "|---|" + "---|" * len(_METHODS)]
-    lines += ["| " + " | ".join(row) + " |" for row in _rows(report)]
+    lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in _rows(report)]
     lines += ["", "| command | seconds |", "|---|---|"]
-    lines += [f"| `{c['command']}` | {c['seconds']:.0f} |" for c in report["commands"]]
+    lines += [f"| <code>{_plain(c['command'])}</code> | {c['seconds']:.0f} |" for c in report["commands"]]
     return "\n".join(lines) + "\n"
 
 
+def _plain(text: str) -> str:
+    """Text on one line of Markdown, or in a cell of its table, in which no name becomes markup."""
+    return re.sub(r"[\\`*_\[\]|~$]", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+
+
 def _page(report: dict, pictures: list[tuple[str, Path]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("label", *_METHODS.values()))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("label", *_METHODS.values()))
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in _rows(report))
     times = "".join(
         f"<tr><td><code>{html.escape(c['command'])}</code></td><td>{c['seconds']:.0f}</td></tr>"

@@ -17,6 +17,9 @@ from matplotlib.lines import Line2D
 
 from nnunet_oneshot.io import atomic_path
 
+# Names come from files: a dollar sign in one begins no formula. As a decorator, for all that a function draws.
+plain_text = matplotlib.rc_context({"text.parse_math": False})
+
 
 @dataclass(frozen=True)
 class Example:
@@ -35,6 +38,7 @@ class Example:
     segmentations: Mapping[str, np.ndarray]
 
 
+@plain_text
 def example_figure(path: str | Path, examples: Sequence[Example], *, label_names: Mapping[int, str]) -> None:
     """Writes a PNG with a row for each example: the image, then the image under the contours of each segmentation.
 
@@ -61,7 +65,9 @@ def example_figure(path: str | Path, examples: Sequence[Example], *, label_names
         for axis, (title, segmentation) in zip(row[1:], example.segmentations.items(), strict=False):
             axis.set_title(title, fontsize=8)
             draw_contours(axis, segmentation[index], label_names)
-    handles = [Line2D([], [], color=label_colour(i), label=name) for i, name in enumerate(label_names.values())]
+    handles = [
+        Line2D([], [], color=label_colour(i), label=_listed(name)) for i, name in enumerate(label_names.values())
+    ]
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 8), fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
     save_figure(figure, path)
@@ -86,6 +92,7 @@ def label_colour(number: int) -> tuple[float, float, float, float]:
     return plt.get_cmap("tab10" if number < 10 else "tab20")(number % 20)
 
 
+@plain_text
 def box_plot_per_label(
     path: str | Path, scores: Mapping[str, Mapping[str, Sequence[float]]], *, quantity: str = "Dice"
 ) -> None:
@@ -122,6 +129,7 @@ def box_plot_per_label(
     save_figure(figure, path)
 
 
+@plain_text
 def bar_figure(
     path: str | Path,
     values: Mapping[str, float],
@@ -146,6 +154,7 @@ def bar_figure(
     save_figure(figure, path)
 
 
+@plain_text
 def line_figure(
     path: str | Path,
     series: Mapping[str, Mapping[float, Sequence[float]]],
@@ -158,7 +167,7 @@ def line_figure(
     for number, (name, points) in enumerate(series.items()):
         places = sorted(points)
         colour = label_colour(number)
-        axis.plot(places, [np.mean(points[p]) for p in places], "-", color=colour, label=name)
+        axis.plot(places, [np.mean(points[p]) for p in places], "-", color=colour, label=_listed(name))
         for place in places:
             axis.plot([place] * len(points[place]), points[place], ".", color=colour)
     axis.set_xlabel(horizontal)
@@ -167,6 +176,11 @@ def line_figure(
     axis.grid(alpha=0.3)
     figure.tight_layout()
     save_figure(figure, path)
+
+
+def _listed(name: str) -> str:
+    """A name as a legend lists it: matplotlib leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def save_figure(figure: plt.Figure, path: str | Path) -> None:

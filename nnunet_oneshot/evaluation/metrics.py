@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nnunet_oneshot.data.verify import whole_labels
+from nnunet_oneshot.errors import OneShotError
+
 
 @dataclass(frozen=True)
 class LabelScores:
@@ -97,7 +100,17 @@ def score_segmentation(
         spacing: Voxel edges in mm, array axis order.
         tolerance: Of the NSD, mm.
         ignore_label: Voxels of the reference with this value are left out of everything.
+
+    Raises:
+        OneShotError: The reference holds values that are no whole numbers; those within 1e-3 of one count as that.
     """
+    prediction, reference = whole_labels(prediction), whole_labels(reference)
+    broken = reference[reference != np.rint(reference)] if reference.dtype.kind == "f" else reference[:0]
+    if broken.size:
+        raise OneShotError(
+            f"A label to be scored against holds values such as {round(float(broken.flat[0]), 4)}, which are no whole "
+            f"numbers and no label: correct the files in labelsTr and run `nnunet_oneshot plan_and_preprocess` again."
+        )
     counted = np.ones(reference.shape, dtype=bool) if ignore_label is None else reference != ignore_label
     scores = {}
     for name, values in labels.items():

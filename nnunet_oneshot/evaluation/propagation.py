@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,22 @@ import torch
 
 from nnunet_oneshot.config import OneShotConfig, with_guide
 from nnunet_oneshot.data.atlas import resolve_atlases
+from nnunet_oneshot.data.headers import carry_geometry
 from nnunet_oneshot.data.orientation import aligned_by_headers, edges_in_common_order, in_common_order
 from nnunet_oneshot.data.prepared import PreparedDataset
+from nnunet_oneshot.data.raw import RawDataset, find_images
 from nnunet_oneshot.data.splits import Fold
+from nnunet_oneshot.data.verify import check_images, declared_labels, detail_of
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS, MethodOptions
 from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
-from nnunet_oneshot.registration.dataset.cache import RegistrationCache
+from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
+from nnunet_oneshot.registration.files.register_pair import quality_warnings
+from nnunet_oneshot.registration.pair.quality import outlier_scores, telling_similarity
 from nnunet_oneshot.registration.pair.registrar import register_arrays
+from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
 from nnunet_oneshot.registration.pair.warp import sample_label_probabilities, warp_label_probabilities
 from nnunet_oneshot.self_training.guide import SegmentingGuide, guided_by
@@ -33,6 +41,8 @@ from nnunet_oneshot.self_training.posterior import posterior_labels
 # Our registration, the same with labels corrected by each image's intensities, and its affine stage alone.
 OWN_METHODS = ("registration", "corrected", "affine")
 GUIDED_METHODS = ("registration", "corrected")
+# Robust standard deviations below the median of at least so many pairs of an atlas.
+_OUTLIER, _COMPARABLE = 3.5, 4
 
 
 def propagation_methods() -> list[str]:
@@ -61,8 +71,8 @@ def propagate(
         dataset: Name or number of the dataset.
         configuration: Such as ``3d_fullres``.
         plans_name: Such as ``nnUNetOneShotPlans``.
-        out: Folder of the segmentations, of ``propagation.json`` (method, atlases, seconds) and, where validation
-            cases are labelled, of nnU-Net's ``summary.json``.
+        out: Folder of the segmentations, of ``propagation.json`` (method, atlases, seconds, and for each case and atlas
+            the figures of the registration) and, where validation cases are labelled, of nnU-Net's ``summary.json``.
         fold: Whose atlases are warped and, without ``images``, to whose validation cases.
         images: Folder of images in nnU-Net's naming.
         method: One of `propagation_methods`: ``"registration"`` (ours), ``"corrected"`` (ours, and the labels then
@@ -76,7 +86,8 @@ def propagate(
         The content of ``propagation.json``.
 
     Raises:
-        OneShotError: Something does not exist, or there is nothing to propagate to.
+        OneShotError: Something does not exist or cannot be used, or there is nothing to propagate to. All that is read
+            is checked before anything is written.
     """
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
     if method not in propagation_methods():
@@ -86,6 +97,9 @@ def propagate(
     config = with_guide(OneShotConfig.from_plans(prepared.plans), guide)
     place = usable_device(device)
     own = prepared.fold(fold)
+    files = None if images is None else _checked_images(prepared, Path(images), log)
+    if images is None:
+        _check_references(prepared, own.scored)
     choice = resolve_atlases(prepared.base, config, own, prepared.image_in_common_order)
     log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
     out = Path(out).absolute()
@@ -93,21 +107,24 @@ def propagate(
         out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     registrar = DatasetRegistrar(prepared, config, choice.atlases, place, log)
-    if images is None:
+    if files is None:
         propagator, cases = _to_validation_cases(registrar, method, own)
     else:
-        propagator, cases = _to_images(registrar, method, own, Path(images))
+        propagator, cases = _to_images(registrar, method, own, files)
     names = []
     for case, image, properties in cases:
         propagator.write(case, image, properties, out)
-        log(f"{case}: labels written")
+        log(f"{case}: labels written{propagator.told(case)}")
         names.append(case)
+    for warning in propagator.warnings():
+        log(f"Warning: {warning}")
     report = {
         "method": method,
         "atlases": list(choice.atlases),
         "fold": fold,
         "guide": config.registration.guide if method in GUIDED_METHODS else None,
         "cases": names,
+        "quality": propagator.quality,
         "seconds": round(time.monotonic() - start, 2),
     }
     save_json_atomic(report, out / "propagation.json")
@@ -132,21 +149,21 @@ def _to_validation_cases(
         )
     cached = registrar.register(fold.validation, fold=fold.number) if method in GUIDED_METHODS else None
     cases = ((case, prepared.image(case), prepared.properties(case)) for case in fold.validation)
-    return _Propagator(registrar, method, registrations=cached), cases
+    return _Propagator(registrar, method, registrations=cached, files=_raw_files(prepared)), cases
 
 
 def _to_images(
-    registrar: DatasetRegistrar, method: str, fold: Fold, folder: Path
+    registrar: DatasetRegistrar, method: str, fold: Fold, files: Mapping[str, Sequence[str]]
 ) -> tuple[_Propagator, Iterator[_Preprocessed]]:
     """Propagation to new images, which are registered pair by pair."""
-    cases = _preprocessed_images(registrar.prepared, folder)
+    cases = _preprocessed_images(registrar.prepared, files)
     student = None
     if method in GUIDED_METHODS:
         settings = dataclasses.replace(registrar.config.registration, method="refine")
         student = guided_by(settings, registrar.prepared, fold=fold.number, device=registrar.device)
         if student is not None:
             registrar.log(student.describe())
-    return _Propagator(registrar, method, student=student), cases
+    return _Propagator(registrar, method, student=student, files=files), cases
 
 
 def _score(prepared: PreparedDataset, fold: Fold, out: Path, log: Callable[[str], None]) -> None:
@@ -165,6 +182,10 @@ class _Propagator:
         method: One of `propagation_methods`.
         registrations: Registrations to the cases, or None: each case is registered when it comes, pair by pair.
         student: Guides what is registered pair by pair.
+        files: The files of the cases, as far as they are known, whose headers the segmentations get.
+
+    Attributes:
+        quality: Case to atlas to the figures of the registration, of all that was written by a method of our own.
     """
 
     def __init__(
@@ -174,6 +195,7 @@ class _Propagator:
         *,
         registrations: RegistrationCache | None = None,
         student: SegmentingGuide | None = None,
+        files: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         settings = dataclasses.replace(registrar.config.registration, method="refine")
         if method == "affine":
@@ -182,6 +204,8 @@ class _Propagator:
         self.settings = settings
         self.prepared, self.config, self.device = registrar.prepared, registrar.config, registrar.device
         self.method, self.registrations, self.student = method, registrations, student
+        self.files: Mapping[str, Sequence[str]] = files or {}
+        self.quality: dict[str, dict[str, dict[str, Any]]] = {}
         self.labels = [int(label) for label in self.prepared.label_manager.all_labels]
         self.atlases = {
             atlas: (
@@ -200,16 +224,62 @@ class _Propagator:
         if self.method == "corrected":
             probabilities = self._corrected(probabilities, image)
         logits = probabilities_to_logits(probabilities, self.labels, self.prepared.label_manager)
-        with writing(out):
+        source = next(iter(self.files.get(case, ())), None)
+        with writing(out), tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
             export_prediction_from_logits(
                 torch.from_numpy(logits),
                 properties,
                 self.prepared.configuration_manager,
                 self.prepared.plans_manager,
                 self.prepared.dataset_json,
-                str(out / case),
+                str(Path(folder) / case),
                 num_threads_torch=torch.get_num_threads(),
             )
+            for file in sorted(Path(folder).iterdir()):
+                carry_geometry(source, file)
+                os.replace(file, out / file.name)
+
+    def told(self, case: str) -> str:
+        """The end of the line that tells of a case: how alike the images are before and after registration."""
+        found = self.quality.get(case, {})
+        told = []
+        for atlas, quality in found.items():
+            labels = quality.get("similarity_at_labels")
+            told.append(
+                f"{quality['similarity_before']:.3f} -> {quality['similarity_after']:.3f}"
+                + (f" ({labels:.3f} at the labels)" if labels is not None else "")
+                + (f" with {atlas}" if len(found) > 1 else "")
+            )
+        return f"; squared local correlation {', '.join(told)}" if told else ""
+
+    def warnings(self) -> list[str]:
+        """What is doubtful about the registrations, judged by themselves and beside the others of their atlas."""
+        if self.method not in OWN_METHODS:
+            return []
+        pairs = [(atlas, case) for case, found in self.quality.items() for atlas in found]
+        usual = [] if self.method == "affine" else self._cached_pairs()
+        figures = [self.quality[case][atlas] for atlas, case in pairs] + [quality for _, quality in usual]
+        names = [atlas for atlas, _ in pairs] + [atlas for atlas, _ in usual]
+        low = poor_by_comparison(names, figures)
+        found = []
+        for (atlas, case), quality, is_low in zip(pairs, figures, low, strict=False):
+            reasons = quality_warnings(quality, affine=self.settings.affine)
+            if is_low:
+                reasons.append(
+                    f"its similarity after registration, {telling_similarity(quality):.3f}, is far below that of the "
+                    f"other images."
+                )
+            if reasons:
+                found.append(f"{case}: the registration of {atlas} is doubtful: {' '.join(reasons)} Look at it.")
+        return found
+
+    def _cached_pairs(self) -> list[tuple[str, dict[str, Any]]]:
+        """Atlas and figures of the registrations to training cases that are kept, for comparison with new images."""
+        if self.registrations is not None:
+            return []
+        cache = RegistrationCache(self.prepared.base / FOLDER / self.prepared.folder.name)
+        pairs = [(atlas, case) for atlas in self.atlases for case in self.prepared.identifiers if case != atlas]
+        return [(a, cache.quality(a, c)) for a, c in pairs if cache.path(a, c, ".json").is_file()]
 
     def _corrected(self, probabilities: np.ndarray, image: np.ndarray) -> np.ndarray:
         """Masks (labels, X, Y, Z) of the most probable labels, corrected by the image (C, X, Y, Z)."""
@@ -256,7 +326,9 @@ class _Propagator:
                 guide=self._guide(atlas_segmentation, image),
                 config=self.settings,
                 device=self.device,
+                atlas_labels=atlas_segmentation,
             )
+        self.quality.setdefault(case, {})[atlas] = dict(registration.quality)
         return warp_label_probabilities(registration, atlas_segmentation, self.labels)
 
     def _guide(self, atlas_segmentation: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -285,54 +357,129 @@ def probabilities_to_logits(probabilities: np.ndarray, labels: Sequence[int], la
     return np.stack(heads).astype(np.float32) - 0.5
 
 
+def poor_by_comparison(atlases: Sequence[str], qualities: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Which registrations are far worse than the others of their atlas; none where an atlas has fewer than four."""
+    pairs = [
+        Registration(atlas, "", np.eye(4), np.zeros((3, 1, 1, 1), np.float32), (), (), dict(quality))
+        for atlas, quality in zip(atlases, qualities, strict=True)
+    ]
+    if not pairs:
+        return []
+    counts = Counter(atlases)
+    scores = outlier_scores(pairs)
+    return [
+        score < -_OUTLIER and counts[atlas] >= _COMPARABLE
+        for atlas, score in zip(atlases, scores.tolist(), strict=True)
+    ]
+
+
 def score_folder(prepared: PreparedDataset, folder: Path, cases: Sequence[str]) -> dict[str, Any]:
-    """Writes nnU-Net's ``summary.json`` for those segmentations in ``folder`` whose cases are named; returns it."""
+    """Writes nnU-Net's ``summary.json`` for those segmentations in ``folder`` whose cases are named; returns it.
+
+    Raises:
+        OneShotError: A reference holds values that are not declared.
+    """
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 
     manager = prepared.label_manager
     ending = prepared.file_ending
     target = folder / "summary.json"
-    with writing(folder), tempfile.TemporaryDirectory(prefix=".scored-", dir=folder) as scored:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=".scored-", dir=folder) as temporary:
+        scored, references = Path(temporary) / "scored", Path(temporary) / "references"
         # nnU-Net scores every file of a folder, and validation cases without a label have none to be scored against.
         for case in cases:
-            shutil.copyfile(folder / f"{case}{ending}", Path(scored) / f"{case}{ending}")
+            for place in (scored, references):
+                place.mkdir(exist_ok=True)
+            shutil.copyfile(folder / f"{case}{ending}", scored / f"{case}{ending}")
+            _put_reference(prepared, case, references)
         compute_metrics_on_folder(
-            str(prepared.labels_folder),
-            scored,
-            str(Path(scored) / "summary.json"),
+            str(references),
+            str(scored),
+            str(Path(temporary) / "summary.json"),
             prepared.plans_manager.image_reader_writer_class(),
             ending,
             manager.foreground_regions if manager.has_regions else manager.foreground_labels,
             manager.ignore_label,
             num_processes=1,
         )
-        summary = load_json_checked(Path(scored) / "summary.json", "the scores")
+        summary = load_json_checked(Path(temporary) / "summary.json", "the scores")
     for case in summary["metric_per_case"]:
         case["prediction_file"] = str(folder / Path(case["prediction_file"]).name)
+        case["reference_file"] = str(prepared.labels_folder / Path(case["reference_file"]).name)
     save_json_atomic(summary, target, sort_keys=True)
     return summary
 
 
-def _preprocessed_images(prepared: PreparedDataset, folder: Path) -> Iterator[_Preprocessed]:
-    """Yields case, preprocessed image (C, X, Y, Z) and properties of every image of a folder."""
-    from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+def read_reference(prepared: PreparedDataset, case: str) -> tuple[np.ndarray, dict[str, Any], bool]:
+    """Reads the label that a case is scored against.
 
-    files = []
-    if folder.is_dir():
-        files = create_lists_from_splitted_dataset_folder(str(folder), prepared.file_ending, num_processes=1)
+    Returns:
+        The label (1, X, Y, Z), the reader's properties, and whether values were rounded to whole numbers.
+
+    Raises:
+        OneShotError: The label cannot be read, or holds values that are not declared.
+    """
+    path = prepared.labels_folder / f"{case}{prepared.file_ending}"
+    try:
+        label, properties = prepared.plans_manager.image_reader_writer_class().read_seg(str(path))
+    # Readers raise whatever the underlying library raises.
+    except Exception as error:
+        raise OneShotError(
+            f"Case {case}: the label {path} cannot be read ({detail_of(error)}), so that nothing can be scored against "
+            f"it. Replace it, and run `nnunet_oneshot plan_and_preprocess` again."
+        ) from error
+    whole = declared_labels(label, prepared.label_manager, f"Case {case}: the label {path}")
+    return whole, properties, not np.array_equal(whole, label)
+
+
+def _check_references(prepared: PreparedDataset, cases: Sequence[str]) -> None:
+    for case in cases:
+        read_reference(prepared, case)
+
+
+def _put_reference(prepared: PreparedDataset, case: str, folder: Path) -> None:
+    """Puts the label of a case into a folder, its values whole numbers."""
+    name = f"{case}{prepared.file_ending}"
+    label, properties, rounded = read_reference(prepared, case)
+    if rounded:
+        writer = prepared.plans_manager.image_reader_writer_class()
+        writer.write_seg(label[0].astype(np.int32), str(folder / name), properties)
+    else:
+        shutil.copyfile(prepared.labels_folder / name, folder / name)
+
+
+def _raw_files(prepared: PreparedDataset) -> dict[str, list[str]]:
+    """The files of the training cases, where the raw data set is still at hand."""
+    root = os.environ.get("nnUNet_raw")
+    try:
+        raw = RawDataset(Path(root) / prepared.name) if root else None
+    except OneShotError:
+        # Segmentations then get the geometry that preprocessing kept.
+        return {}
+    return {case: raw.images(case) for case in raw.cases} if raw is not None else {}
+
+
+def _checked_images(prepared: PreparedDataset, folder: Path, log: Callable[[str], None]) -> dict[str, list[str]]:
+    """The images of a folder, each read and checked."""
+    ending = prepared.file_ending
+    files = find_images(folder, ending) if folder.is_dir() else {}
     if not files:
         raise OneShotError(
-            f"{folder} holds no images named CASE_0000{prepared.file_ending}: give -i a folder of images in nnU-Net's "
-            f"naming."
+            f"{folder} holds no images named CASE_0000{ending}: give -i a folder of images in nnU-Net's naming."
         )
+    names = prepared.dataset_json.get("channel_names") or prepared.dataset_json["modality"]
+    reader = prepared.plans_manager.image_reader_writer_class
+    spacing = prepared.configuration_manager.spacing
+    for warning in check_images(files, reader, list(names.values()), plans=prepared.plans, target_spacing=spacing):
+        log(f"Warning: {warning}")
+    return files
+
+
+def _preprocessed_images(prepared: PreparedDataset, files: Mapping[str, Sequence[str]]) -> Iterator[_Preprocessed]:
+    """Yields case, preprocessed image (C, X, Y, Z) and properties of every image."""
     preprocessor = prepared.configuration_manager.preprocessor_class(verbose=False)
-    for names in files:
-        case = Path(names[0]).name.removesuffix(f"_0000{prepared.file_ending}")
-        if len(names) != prepared.num_channels:
-            raise OneShotError(
-                f"{case} in {folder} has {len(names)} channel files: {prepared.name} has {prepared.num_channels}."
-            )
+    for case, names in files.items():
         image, _, properties = preprocessor.run_case(
-            names, None, prepared.plans_manager, prepared.configuration_manager, prepared.dataset_json
+            list(names), None, prepared.plans_manager, prepared.configuration_manager, prepared.dataset_json
         )
         yield case, image.astype(np.float32), properties

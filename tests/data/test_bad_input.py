@@ -265,7 +265,7 @@ def test_unusable_other_label_is_reported_when_asked_for(tiny_dataset, refused):
         (["-np", "0"], ["at least 1"]),
         (["-gpu_memory_target", "-3"], ["-gpu_memory_target"]),
         (["-overwrite_target_spacing", "1", "2"], ["three numbers"]),
-        (["-overwrite_plans_name", "a/b"], ["not a path"]),
+        (["-overwrite_plans_name", "a/b"], ["-overwrite_plans_name", "holds '/'"]),
         (["-pl", "NoPlanner"], ["NoPlanner", "OneShotCPUPlanner"]),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import pytest
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunet_oneshot.data.splits import Fold, fold_number, resolve_fold
+from nnunet_oneshot.data.splits import Fold, check_splits, fold_number, read_splits, resolve_fold
 from nnunet_oneshot.errors import OneShotError
 
 
@@ -83,12 +83,37 @@ def test_fold_beyond_the_file_keeps_a_labelled_case_in_training(tmp_path, labell
         ([{"train": ["c01", "c02"], "val": ["c00"]}], "no labelled case"),
         ([{"train": ["c00"]}], "must hold a list of folds"),
         ({"train": []}, "must hold a list of folds"),
+        ([{"train": ["c00", "c01", "c01"], "val": []}], "more than once"),
+        ([{"train": ["c00", 3], "val": []}], "must hold a list of folds"),
+        ("c00", "must hold a list of folds"),
+        ([], "holds no fold"),
     ],
 )
 def test_unusable_splits_file_is_refused(tmp_path, splits, message):
     (tmp_path / "splits_final.json").write_text(json.dumps(splits))
     with pytest.raises(OneShotError, match=message):
         resolve_fold(str(tmp_path), names(4), ["c00"], 0)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ([], "holds no fold"),
+        ([{"train": ["c00"], "val": ["c01"]}, {"train": ["c00"], "val": ["x"]}], "Fold 1 .*not in the data set"),
+        ([{"train": ["c00"], "val": ["c00"]}], "both in training and validation"),
+    ],
+)
+def test_all_folds_of_a_file_are_checked_before_it_is_taken_over(tmp_path, splits, message):
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps(splits))
+    with pytest.raises(OneShotError, match=message):
+        check_splits(path, names(4))
+
+
+def test_folds_without_an_atlas_are_left_to_their_training(tmp_path):
+    splits = [{"train": ["c01", "c02"], "val": ["c00"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(splits))
+    assert check_splits(tmp_path / "splits_final.json", names(4)) == read_splits(tmp_path / "splits_final.json")
 
 
 def test_damaged_splits_file_is_refused(tmp_path):

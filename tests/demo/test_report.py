@@ -1,5 +1,6 @@
 """The demonstration's page holds its pictures and the numbers of nnU-Net's evaluation."""
 
+import html
 import json
 import re
 
@@ -56,3 +57,22 @@ def test_numbers_and_pictures_are_on_the_page(finished):
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "nnunet_oneshot register -d 999" in page and "<td>0.750</td>" in page
     assert "| mean | 0.750 | 1.000 |" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a$x_1$", "a|b`c`*d*"])
+def test_names_from_files_become_no_markup(finished, name):
+    out, raw = finished
+    path = raw / "dataset.json"
+    content = json.loads(path.read_text())
+    content["labels"] = {name if key == "core" else key: value for key, value in content["labels"].items()}
+    path.write_text(json.dumps(content))
+    command = CommandResult(f"nnunet_oneshot register -d {name}", 1.0, None)
+    places = {"raw": raw, "preprocessed": out / "p", "model": out / "m"}
+    write_report(out, **places, trainer=name, commands=[command], seconds=1.0)
+    page, text = ((out / f"report.{ending}").read_text(encoding="utf-8") for ending in ("html", "md"))
+    assert html.escape(name) in page
+    assert "<script" not in page and "<img src=x" not in page
+    row = text.split("right\\_lobe")[1].splitlines()[1]
+    assert "<script" not in text and "<img" not in text
+    assert len(re.findall(r"(?<!\\)\|", row)) == 4
+    assert not re.search(r"(?<!\\)[`*$]", row)

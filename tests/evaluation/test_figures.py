@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from nnunet_oneshot.evaluation import figures
-from nnunet_oneshot.evaluation.figures import Example, box_plot_per_label, draw_contours, example_figure
+from nnunet_oneshot.evaluation.figures import (
+    Example,
+    bar_figure,
+    box_plot_per_label,
+    draw_contours,
+    example_figure,
+    line_figure,
+)
 
 
 def segmentation():
@@ -45,3 +53,24 @@ def test_method_without_scores_leaves_its_place_empty(tmp_path):
     scores = {"a": {"one": [0.5, np.nan], "two": []}, "b": {"two": [0.0]}}
     box_plot_per_label(tmp_path / "box.png", scores)
     assert (tmp_path / "box.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["a$x_1$", r"$\frac{", "_hidden", "<script>alert(1)</script>", "$", "^{", "a\nb"])
+def test_names_from_files_are_drawn_as_they_are(tmp_path, monkeypatch, name):
+    shown = []
+
+    def save_figure(figure, path):
+        figure.canvas.draw()
+        shown.extend(text for text in figure.findobj(Text) if text.get_text().strip() == name)
+        figures.plt.close(figure)
+
+    monkeypatch.setattr(figures, "save_figure", save_figure)
+    example = Example(name, np.random.default_rng(0).random((5, 8, 9)), (3, 1, 1), {name: segmentation()})
+    example_figure(tmp_path / "a.png", [example], label_names={1: name})
+    assert len(shown) == 3
+    box_plot_per_label(tmp_path / "b.png", {name: {name: [0.5, 0.6]}})
+    bar_figure(tmp_path / "c.png", {name: 0.5}, quantity=name)
+    line_figure(tmp_path / "d.png", {name: {1.0: [0.5], 2.0: [0.7]}}, horizontal=name, vertical=name)
+    # The labels of ticks exist on both sides.
+    assert len(shown) >= 3 + 2 + 2 + 3
+    assert not any(text.get_parse_math() for text in shown)

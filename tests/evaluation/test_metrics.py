@@ -8,6 +8,7 @@ import SimpleITK as sitk
 from scipy.ndimage import binary_erosion
 from scipy.spatial.distance import cdist
 
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.metrics import dice, score_label, score_segmentation
 
 SHAPE = (12, 10, 9)
@@ -102,3 +103,15 @@ def test_regions_and_ignored_voxels():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="must agree"):
         score_label(np.zeros((3, 3)), np.zeros((3, 4)), spacing=(1, 1))
+
+
+def test_references_that_are_nearly_whole_numbers_count_as_such():
+    reference = np.where(box(slice(2, 8)), np.float32(0.9999), np.float32(0))
+    scores = score_segmentation(box(slice(2, 8)).astype(np.uint8), reference, labels={"a": 1}, spacing=(1, 1, 1))
+    assert scores["a"].dice == 1
+
+
+def test_references_that_are_no_whole_numbers_are_named_instead_of_scored():
+    reference = np.where(box(slice(2, 8)), np.float32(0.7), np.float32(0))
+    with pytest.raises(OneShotError, match="0.7, which are no whole numbers"):
+        score_segmentation(box(slice(2, 8)).astype(np.uint8), reference, labels={"a": 1}, spacing=(1, 1, 1))

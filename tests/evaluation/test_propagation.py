@@ -1,17 +1,21 @@
 """Label propagation through the command: original grids, regions, several atlases, new images, errors."""
 
+import gzip
 import json
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from skimage.io import imread as read_picture
+from skimage.io import imsave
 from tiny_data import draw_blobs, read_image, write_image
 
 from nnunet_oneshot.cli import main
 from nnunet_oneshot.evaluation.metrics import dice
-from nnunet_oneshot.evaluation.propagation import probabilities_to_logits
+from nnunet_oneshot.evaluation.propagation import poor_by_comparison, probabilities_to_logits
 
 PLANS = "nnUNetOneShotCPUPlans"
 
@@ -74,7 +78,10 @@ def test_new_images_return_in_their_own_grid(prepared_dataset, tmp_path):
     assert segmentation.GetOrigin() == pytest.approx(image.GetOrigin())
     assert segmentation.GetDirection() == pytest.approx(image.GetDirection())
     assert segmentation.GetSpacing() == pytest.approx(image.GetSpacing())
-    assert mean_dice(read_image(tmp_path / "out" / "new_0.nii.gz"), labels["new_0"]) > 0.6
+    # Drawn as the training images are, but its header says that the first axis points the other way: what lies left in
+    # the array lies right in the scanner's space.
+    expected = np.where(labels["new_0"] > 0, 3 - labels["new_0"], 0)
+    assert mean_dice(read_image(tmp_path / "out" / "new_0.nii.gz"), expected) > 0.6
 
 
 def test_image_of_the_atlas_gets_its_labels_back(prepared_dataset, tmp_path):
@@ -153,6 +160,127 @@ def test_wrong_number_of_channels_is_named(prepared_dataset, tmp_path, capsys):
     new_images(tmp_path / "in", count=1, channels=2)
     assert propagate(dataset, tmp_path / "out", "-i", tmp_path / "in") == 1
     assert "new_0" in capsys.readouterr().err
+
+
+def _unfinite(path):
+    image = read_image(path).astype(np.float32)
+    image[2, 2, 2] = np.nan
+    write_image(path, image)
+
+
+def _shortened(path):
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-400]))
+
+
+FAULTS = {
+    "not finite": (_unfinite, ["new_1", "NaN or infinite"]),
+    "shorter than its header says": (_shortened, ["new_1", "cannot be read"]),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-300]), ["new_1", "cannot be read"]),
+    "empty": (lambda path: path.write_bytes(b""), ["new_1", "cannot be read"]),
+    "constant": (lambda path: write_image(path, np.ones((16, 18, 14), np.uint8)), ["new_1", "same value"]),
+    "one voxel": (lambda path: write_image(path, np.eye(14, dtype=np.uint8)[:, None]), ["new_1", "one voxel"]),
+    "without a channel": (lambda path: path.rename(path.with_name("new_1.nii.gz")), ["new_1.nii.gz", "_0000"]),
+    "channel 1 only": (lambda path: path.rename(path.with_name("new_1_0001.nii.gz")), ["new_1", "0001", "0000"]),
+    "in metres": (lambda path: write_image(path, read_image(path), [0.001] * 3), ["new_1", "0.001", "in mm"]),
+    "in micrometres": (lambda path: write_image(path, read_image(path), [1000] * 3), ["new_1", "1000", "in mm"]),
+    "capitals": (lambda path: path.rename(path.with_name("new_1_0000.NII.GZ")), ["new_1_0000.NII.GZ", ".nii.gz"]),
+    "a folder's name": (lambda path: path.rename(path.with_name("-x_0000.nii.gz")), ["-x", "Rename it"]),
+}
+
+
+def test_new_images_are_checked_before_the_first_label_is_written(prepared_dataset, tmp_path, capsys):
+    dataset = prepared_dataset(n_cases=3)
+    for number, (name, (spoil, mentions)) in enumerate(FAULTS.items()):
+        folder = tmp_path / f"in_{number}"
+        new_images(folder)
+        spoil(folder / "new_1_0000.nii.gz")
+        assert propagate(dataset, tmp_path / "out", "-i", folder) == 1, name
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and all(text in error for text in mentions), (name, error)
+        assert not (tmp_path / "out").exists(), name
+
+
+def test_hidden_files_among_new_images_are_passed_over(prepared_dataset, tmp_path):
+    dataset = prepared_dataset(n_cases=3)
+    new_images(tmp_path / "in", count=1)
+    (tmp_path / "in" / "._new_0_0000.nii.gz").write_bytes(b"x")
+    assert propagate(dataset, tmp_path / "out", "-i", tmp_path / "in") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["new_0.nii.gz", "propagation.json"]
+
+
+def test_colours_in_one_file_are_channels(prepared_dataset, tmp_path):
+    dataset = prepared_dataset(configuration="2d", shape=(32, 30), ending=".png", n_cases=3, channels=("R", "G", "B"))
+    (tmp_path / "in").mkdir()
+    colours = np.stack([read_picture(dataset.image("case_00", channel)) for channel in range(3)], -1)
+    imsave(tmp_path / "in" / "new_0000.png", colours, check_contrast=False)
+    assert propagate(dataset, tmp_path / "out", "-i", tmp_path / "in", configuration="2d") == 0
+    assert mean_dice(read_picture(tmp_path / "out" / "new.png"), read_picture(dataset.label("case_00"))) > 0.6
+
+
+def test_quality_is_reported_and_doubtful_registrations_are_named(prepared_dataset, tmp_path, capsys):
+    dataset = prepared_dataset(n_cases=3)
+    new_images(tmp_path / "in")
+    write_image(tmp_path / "in" / "noise_0000.nii.gz", np.random.default_rng(0).normal(size=(16, 18, 14)))
+    small = read_image(tmp_path / "in" / "new_0_0000.nii.gz")
+    write_image(tmp_path / "in" / "small_0000.nii.gz", small, (0.3, 0.3, 0.3))
+    assert propagate(dataset, tmp_path / "out", "-i", tmp_path / "in") == 0
+    printed = capsys.readouterr().out
+    assert "Warning: Case small" in printed and "Warning: Case new_0" not in printed
+    assert "Warning: noise: the registration of case_" in printed and "Warning: new_0: the reg" not in printed
+    assert "new_0: labels written; squared local correlation 0." in printed
+    report = json.loads((tmp_path / "out" / "propagation.json").read_text())
+    assert sorted(report["quality"]) == ["new_0", "new_1", "noise", "small"]
+    (atlas,) = report["atlases"]
+    good = report["quality"]["new_0"][atlas]
+    assert good["similarity_before"] < good["similarity_after"] <= 1
+    assert good["similarity_at_labels"] > report["quality"]["noise"][atlas]["similarity_at_labels"]
+
+
+def test_poor_registrations_are_told_by_comparison():
+    qualities = [{"similarity_after": value} for value in (0.5, 0.52, 0.48, 0.1)]
+    assert poor_by_comparison(["a"] * 4, qualities) == [False, False, False, True]
+    assert not any(poor_by_comparison(["a", "a", "a", "b"], qualities))
+    assert poor_by_comparison([], []) == []
+
+
+def _relabel(dataset, change):
+    for path in sorted((dataset.preprocessed / "gt_segmentations").iterdir()):
+        write_image(path, change(read_image(path).astype(np.float32)))
+
+
+def test_references_that_are_nearly_whole_numbers_are_scored_as_such(prepared_dataset, tmp_path):
+    dataset = prepared_dataset()
+    assert propagate(dataset, tmp_path / "a") == 0
+    _relabel(dataset, lambda label: label * np.float32(0.9999))
+    assert propagate(dataset, tmp_path / "b") == 0
+    first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in "ab")
+    assert first["foreground_mean"] == second["foreground_mean"]
+    assert second["metric_per_case"][0]["reference_file"].startswith(str(dataset.preprocessed))
+
+
+def test_references_with_undeclared_values_are_named_before_anything_is_written(prepared_dataset, tmp_path, capsys):
+    dataset = prepared_dataset()
+    _relabel(dataset, lambda label: label * 7)
+    assert propagate(dataset, tmp_path / "out") == 1
+    assert "holds values [7, 14] that dataset.json does not declare" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_segmentations_lie_where_the_image_lies_for_nibabel_too(prepared_dataset, tmp_path):
+    dataset = prepared_dataset(n_cases=3)
+    new_images(tmp_path / "in", count=1)
+    path = tmp_path / "in" / "new_0_0000.nii.gz"
+    image = nibabel.load(path)
+    # Two places, of which SimpleITK takes one and nibabel the other.
+    image.header.set_sform(np.diag([1.0, 1, 1, 1]), code=3)
+    image.header.set_qform(np.array([[-1.0, 0, 0, 4], [0, -1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), code=1)
+    nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header).to_filename(path)
+    assert propagate(dataset, tmp_path / "out", "-i", tmp_path / "in") == 0
+    written = tmp_path / "out" / "new_0.nii.gz"
+    assert np.allclose(nibabel.load(written).affine, nibabel.load(path).affine)
+    places = [sitk.ReadImage(str(one)) for one in (path, written)]
+    assert places[0].GetOrigin() == pytest.approx(places[1].GetOrigin())
+    assert places[0].GetDirection() == pytest.approx(places[1].GetDirection())
 
 
 def test_missing_ants_is_explained(prepared_dataset, tmp_path, monkeypatch, capsys):

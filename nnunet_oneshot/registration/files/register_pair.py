@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -14,6 +15,7 @@ import torch
 
 from nnunet_oneshot import __version__
 from nnunet_oneshot.config import RegistrationConfig
+from nnunet_oneshot.data.headers import carry_geometry
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_folder, is_occupied, save_json_atomic, writing
@@ -200,19 +202,18 @@ def register_pair(
         "fixed": list(fixed_volume.paths),
         "moving": list(moving_volume.paths),
         "affine_lps_mm": result.affine_mm().round(9).tolist(),
-        "warnings": _warnings(result.quality),
+        "warnings": [*fixed_volume.warnings, *moving_volume.warnings, *quality_warnings(result.quality)],
         "version": __version__,
     }
     with writing(target), atomic_folder(target) as folder:
         warped = result.warped()
         names = ["warped"] if len(warped) == 1 else [f"warped_{channel:04d}" for channel in range(len(warped))]
         for name, channel in zip(names, warped, strict=True):
-            sitk.WriteImage(fixed_volume.as_image(channel), str(folder / f"{name}.nii.gz"), True)
+            _write(fixed_volume, channel, folder / f"{name}.nii.gz")
         warped_labels = None
         if label_map is not None:
             warped_labels = result.warped_labels(label_map)
-            image = fixed_volume.as_image(warped_labels.astype(label_type))
-            sitk.WriteImage(image, str(folder / "warped_labels.nii.gz"), True)
+            _write(fixed_volume, warped_labels.astype(label_type), folder / "warped_labels.nii.gz")
         sitk.WriteImage(result.displacement_image(), str(folder / "displacement.nii.gz"), True)
         _draw(folder / "figure.png", result, warped, label_map, warped_labels)
         save_json_atomic(quality, folder / "quality.json")
@@ -224,6 +225,12 @@ def register_pair(
         f"{100 * quality['folding']:.4f} % of voxels. Results are in {target}."
     )
     return result
+
+
+def _write(volume: Volume, array: np.ndarray, path: Path) -> None:
+    """Writes an array on the grid of a volume, with the volume's own header where that is NIfTI."""
+    sitk.WriteImage(volume.as_image(array), str(path), True)
+    carry_geometry(volume.paths[0], path)
 
 
 def _resampled(image: np.ndarray, locations: torch.Tensor) -> np.ndarray:
@@ -277,13 +284,19 @@ def _draw(
     imsave(path, figure)
 
 
-def _warnings(quality: dict) -> list[str]:
+def quality_warnings(quality: Mapping[str, Any], *, affine: bool = True) -> list[str]:
+    """What makes a registration doubtful, judged by its own figures; clauses that end in a full stop.
+
+    Args:
+        quality: Figures of a registration; those of a pair of files know the overlap too.
+        affine: Whether an affine map was looked for.
+    """
     found = []
-    if quality["affine_start"] == "identity":
+    if affine and quality["affine_start"] == "identity":
         found.append("the affine stage found nothing better than the alignment it began with, which was kept.")
     if quality["similarity_after"] < quality["similarity_before"] - _NOTABLE:
         found.append("the images are less alike than before: they may show different anatomy.")
-    if quality["overlap"] < _LEAST_OVERLAP:
+    if quality.get("overlap", 1) < _LEAST_OVERLAP:
         found.append(f"the moving image shows only {100 * quality['overlap']:.0f} % of the fixed one.")
     if quality["folding"] > _FOLDING_LIMIT:
         found.append(f"the deformation folds at {100 * quality['folding']:.3f} % of voxels.")

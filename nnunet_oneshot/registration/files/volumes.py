@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_oneshot.data.verify import check_nifti
+from nnunet_oneshot.data.headers import header_notes
+from nnunet_oneshot.data.verify import check_nifti, detail_of, sheared_nifti, whole_labels
 from nnunet_oneshot.errors import OneShotError
 
 # Slices whose normals differ by more than about 10 degrees do not show the same plane.
@@ -31,12 +32,14 @@ class Volume:
         array: (C, Z, Y, X) float32; (C, 1, Y, X) for 2D.
         frame: (4, 4), see the module.
         image: The first file as SimpleITK read it, for its geometry.
+        warnings: What is contradictory in the headers of the files.
     """
 
     paths: tuple[str, ...]
     array: np.ndarray
     frame: np.ndarray
     image: sitk.Image
+    warnings: tuple[str, ...] = ()
 
     @property
     def dimension(self) -> int:
@@ -73,14 +76,15 @@ def read_volume(files: str | Sequence[str], role: str) -> Volume:
         role: What the image is, for errors, such as ``"fixed"``.
 
     Raises:
-        OneShotError: A file is missing, unreadable, not finite, neither 2D nor 3D, or on another grid than the first.
+        OneShotError: A file is missing, unreadable, not finite, neither 2D nor 3D, constant, or on another
+            grid than the first.
     """
     if isinstance(files, str):
         files = [files] if Path(files).exists() else [part.strip() for part in files.split(",") if part.strip()]
     if not files:
         raise OneShotError(f"No file of the {role} image is given.")
     first = _read(files[0], f"{role} image")
-    channels = [_array(first)]
+    channels, warnings = [_array(first)], _header_notes(files[0], first)
     for path in files[1:]:
         image = _read(path, f"{role} image")
         if difference := _grid_difference(image, first):
@@ -88,6 +92,7 @@ def read_volume(files: str | Sequence[str], role: str) -> Volume:
                 f"{path}: {difference} of {files[0]}. All channels of the {role} image must lie on one grid."
             )
         channels.append(_array(image))
+        warnings += _header_notes(path, image)
     array = np.concatenate(channels)
     if (
         array.shape[1] == 1
@@ -98,7 +103,12 @@ def read_volume(files: str | Sequence[str], role: str) -> Volume:
         raise OneShotError(
             f"{files[0]} has size {first.GetSize()}: at least 2 pixels an axis are needed, or one slice along the last."
         )
-    return Volume(tuple(str(path) for path in files), array, _frame(first), first)
+    if all(channel.min() == channel.max() for channel in array):
+        raise OneShotError(
+            f"Every voxel of the {role} image {', '.join(map(str, files))} has the same value: there is nothing to "
+            f"register. Give another image."
+        )
+    return Volume(tuple(str(path) for path in files), array, _frame(first), first, tuple(warnings))
 
 
 def read_labels(path: str, volume: Volume) -> tuple[np.ndarray, np.dtype]:
@@ -108,7 +118,8 @@ def read_labels(path: str, volume: Volume) -> tuple[np.ndarray, np.dtype]:
         The labels (1, Z, Y, X) int64, and the data type of the file.
 
     Raises:
-        OneShotError: The file is missing, unreadable, on another grid, or holds values that are no whole numbers.
+        OneShotError: The file is missing, unreadable, empty, on another grid, or holds values that are no whole
+            numbers.
     """
     image = _read(path, "label map")
     if difference := _grid_difference(image, volume.image):
@@ -117,11 +128,17 @@ def read_labels(path: str, volume: Volume) -> tuple[np.ndarray, np.dtype]:
             f"moving image: resample them onto it."
         )
     array = _array(image, dtype=None)
-    if len(array) != 1 or not np.array_equal(array, np.rint(array)):
+    if len(array) != 1:
         raise OneShotError(
-            f"{path} holds values that are no whole numbers, or several channels: expected one label map."
+            f"{path} has {len(array)} channels, such as colours: expected one label map. Save it in grey values, "
+            f"without colours or a palette."
         )
-    return array.astype(np.int64), sitk.GetArrayViewFromImage(image).dtype
+    labels = whole_labels(array)
+    if not np.array_equal(labels, np.rint(labels)):
+        raise OneShotError(f"{path} holds values that are no whole numbers: expected a label map.")
+    if not labels.any():
+        raise OneShotError(f"{path} is empty (background only): give the labels of the moving image.")
+    return labels.astype(np.int64), sitk.GetArrayViewFromImage(image).dtype
 
 
 def header_alignment(fixed: Volume, moving: Volume) -> tuple[np.ndarray, bool]:
@@ -164,10 +181,14 @@ def _read(path: str, role: str) -> sitk.Image:
         finite = bool(np.isfinite(sitk.GetArrayViewFromImage(image)).all())
     except Exception as error:
         # Libraries raise whatever they like here, from RuntimeError to zlib.error.
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        if sheared_nifti(str(path)):
+            raise OneShotError(
+                f"The axes of the {role} {path} are sheared, not perpendicular, which SimpleITK does not read: "
+                f"resample the file onto perpendicular axes."
+            ) from error
         raise OneShotError(
-            f"The {role} {path} cannot be used ({detail}): it must be a complete image in a format that SimpleITK "
-            f"reads, without NaN or infinite values."
+            f"The {role} {path} cannot be used ({detail_of(error)}): it must be a complete image in a format that "
+            f"SimpleITK reads, without NaN or infinite values."
         ) from error
     if not finite:
         raise OneShotError(f"The {role} {path} holds NaN or infinite values: replace them, for example by that of air.")
@@ -177,6 +198,11 @@ def _read(path: str, role: str) -> sitk.Image:
             f"series into one file a volume."
         )
     return image
+
+
+def _header_notes(path: str, image: sitk.Image) -> list[str]:
+    geometry = {"spacing": image.GetSpacing(), "origin": image.GetOrigin(), "direction": image.GetDirection()}
+    return header_notes(str(path), {"sitk_stuff": geometry, "spacing": image.GetSpacing()[::-1]})
 
 
 def _array(image: sitk.Image, dtype: type | None = np.float32) -> np.ndarray:

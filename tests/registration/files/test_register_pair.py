@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -15,8 +17,8 @@ from tiny_volumes import blobs
 from nnunet_oneshot.cli import main
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.registration.files.register_pair import register_pair
-from nnunet_oneshot.registration.files.volumes import header_alignment, read_volume
+from nnunet_oneshot.registration.files.register_pair import quality_warnings, register_pair, register_volumes
+from nnunet_oneshot.registration.files.volumes import header_alignment, read_labels, read_volume
 
 QUICK = RegistrationConfig(refine_iterations=(15, 10))
 
@@ -226,10 +228,24 @@ def _truncated(path):
     return str(path)
 
 
+def _sheared(path):
+    affine = np.array([[1, 0.3, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    nibabel.save(nibabel.Nifti1Image(blobs((12, 12, 12))[0].astype(np.float32), affine), path)
+    return str(path)
+
+
+def _empty(path):
+    path.write_bytes(b"")
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path: str(path), "does not exist"),
+        (_sheared, "sheared"),
+        (_empty, "cannot be used"),
+        (lambda path: write(path, make_image(np.ones((12, 12, 12)))), "same value"),
         (_nan, "NaN or infinite"),
         (_truncated, "cannot be used"),
         (lambda path: write(path, make_image(blobs((12, 12))[0])), "2D image and a volume"),
@@ -257,6 +273,41 @@ def test_labels_on_another_grid_are_refused(tmp_path):
             register_pair(image, image, labels=path, out=tmp_path / "out")
 
 
+def test_labels_in_colours_and_empty_ones_are_refused(tmp_path):
+    image = write(tmp_path / "i.nii.gz", make_image(blobs((12, 12, 12))[0]))
+    empty = write(tmp_path / "e.nii.gz", make_image(np.zeros((12, 12, 12))))
+    with pytest.raises(OneShotError, match="e.nii.gz is empty"):
+        register_pair(image, image, labels=empty, out=tmp_path / "out")
+    colours = sitk.Compose([sitk.ReadImage(image)] * 3)
+    with pytest.raises(OneShotError, match="3 channels, such as colours"):
+        register_pair(image, image, labels=write(tmp_path / "c.nii.gz", colours), out=tmp_path / "out")
+
+
+def test_labels_that_are_nearly_whole_numbers_are_those(tmp_path):
+    image = write(tmp_path / "i.nii.gz", make_image(blobs((12, 12, 12))[0]))
+    nearly = write(tmp_path / "l.nii.gz", make_image(np.full((12,) * 3, 1.9995)))
+    labels, _ = read_labels(nearly, read_volume(image, "moving"))
+    assert set(np.unique(labels)) == {2}
+
+
+def test_results_have_the_header_of_the_fixed_file_and_contradictions_are_told(tmp_path):
+    image = nibabel.Nifti1Image(blobs((12, 13, 14))[0].astype(np.float32), np.eye(4))
+    image.header.set_sform(np.eye(4), code=3)
+    image.header.set_qform(np.array([[-1.0, 0, 0, 4], [0, -1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), code=1)
+    path = str(tmp_path / "i.nii.gz")
+    nibabel.Nifti1Image(np.asarray(image.dataobj), None, image.header).to_filename(path)
+    said = []
+    labels = write(tmp_path / "l.nii.gz", sitk.Cast(sitk.ReadImage(path) > 0, sitk.sitkUInt8))
+    register_pair(path, path, labels=labels, out=tmp_path / "out", config=QUICK, log=said.append)
+    assert any("Warning" in line and "sform and qform" in line for line in said)
+    for name in ("warped", "warped_labels"):
+        written = tmp_path / "out" / f"{name}.nii.gz"
+        assert np.allclose(nibabel.load(written).affine, np.eye(4))
+        places = [sitk.ReadImage(str(one)) for one in (path, written)]
+        assert places[0].GetOrigin() == pytest.approx(places[1].GetOrigin())
+        assert places[0].GetDirection() == pytest.approx(places[1].GetDirection())
+
+
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     image = write(tmp_path / "i.nii.gz", make_image(blobs((12, 12, 12))[0]))
 
@@ -274,12 +325,13 @@ def test_an_unknown_device_is_refused(tmp_path):
         register_pair("a.nii.gz", "b.nii.gz", out=tmp_path / "out", device="abacus")
 
 
-def test_constant_images_stay_where_they_are(tmp_path):
-    image = write(tmp_path / "i.nii.gz", make_image(np.ones((10, 10, 10))))
-    messages = []
-    result = register_pair(image, image, out=tmp_path / "out", config=QUICK, log=messages.append)
+def test_arrays_without_contrast_stay_where_they_are(tmp_path):
+    volume = read_volume(write(tmp_path / "i.nii.gz", make_image(blobs((10, 10, 10))[0])), "fixed")
+    flat = dataclasses.replace(volume, array=np.ones_like(volume.array))
+    result = register_volumes(flat, flat, config=QUICK)
     assert np.abs(result.displacement_mm()).max() < 1e-4
-    assert any("nothing better" in message for message in messages)
+    assert any("nothing better" in warning for warning in quality_warnings(result.quality))
+    assert not any("nothing better" in warning for warning in quality_warnings(result.quality, affine=False))
 
 
 def test_header_alignment_maps_equal_points_onto_each_other(tmp_path):

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from nnunet_oneshot.checkpoints import load_data, loading_checkpoint
-from nnunet_oneshot.data.raw import dataset_name
+from nnunet_oneshot.data.raw import dataset_name, find_images
+from nnunet_oneshot.data.verify import check_images
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.inference import CHECKPOINT, load_predictor
@@ -196,18 +197,24 @@ def _test_images(predictor, images: str | Path | None):
         image = np.random.default_rng(0).normal(100, 30, size=(channels, *shape)).astype(np.float32)
         yield "a generated image", image, spacing
         return
-    from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
-
-    cases = create_lists_from_splitted_dataset_folder(
-        str(images), predictor.dataset_json["file_ending"], num_processes=1
-    )
+    dataset_json = predictor.dataset_json
+    cases = find_images(images, dataset_json["file_ending"])
     if not cases:
         raise OneShotError(
             f"{images} holds no images named CASE_0000{predictor.dataset_json['file_ending']}: give -i a folder of "
             f"images in nnU-Net's naming, or leave it out."
         )
-    reader = predictor.plans_manager.image_reader_writer_class()
-    for files in cases:
+    plans_manager = predictor.plans_manager
+    names = list((dataset_json.get("channel_names") or dataset_json["modality"]).values())
+    check_images(
+        cases,
+        plans_manager.image_reader_writer_class,
+        names,
+        plans=plans_manager.plans,
+        target_spacing=predictor.configuration_manager.spacing,
+    )
+    reader = plans_manager.image_reader_writer_class()
+    for files in cases.values():
         image, properties = reader.read_images(files)
         yield Path(files[0]).name, image, properties["spacing"]
 

@@ -67,6 +67,10 @@ class OneShotPlannerMixin(ExperimentPlanner):
         self.dataset_fingerprint = fingerprint
         self.UNet_vram_target_GB /= NETWORKS
 
+    def determine_reader_writer(self) -> type:
+        """nnU-Net's reader for the first image; hidden files, which nnU-Net would try too, are no images."""
+        return RawDataset(self.raw_dataset_folder).reader_class
+
     @property
     def dataset_folder(self) -> Path:
         """``nnUNet_preprocessed/DatasetXXX_Name``."""

@@ -28,7 +28,7 @@ from nnunet_oneshot.data.orientation import mixed_orders_note
 from nnunet_oneshot.data.parallel import default_processes, run_on_cases
 from nnunet_oneshot.data.preprocessing import preprocess_configuration
 from nnunet_oneshot.data.raw import RawDataset, find_dataset
-from nnunet_oneshot.data.splits import SPLITS_FILE, resolve_fold
+from nnunet_oneshot.data.splits import SPLITS_FILE, check_splits, read_splits, resolve_fold
 from nnunet_oneshot.data.verify import check_files
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_path, load_json_checked, require_env, writing
@@ -180,7 +180,7 @@ def _choose_atlases(
 
 def _report_folds(raw: RawDataset, folder: Path, atlases: Sequence[str], log: Callable[[str], None]) -> None:
     """Tells which folds hold a named atlas out."""
-    splits = load_json_checked(folder / SPLITS_FILE, "the file of splits")
+    splits = read_splits(folder / SPLITS_FILE)
     barred = [str(number) for number, fold in enumerate(splits) if set(atlases) & set(fold["val"])]
     if barred:
         usable = [str(number) for number in range(len(splits)) if str(number) not in barred] + ["all"]
@@ -195,12 +195,12 @@ def _copy_splits(raw: RawDataset, folder: Path) -> None:
     source, target = raw.folder / SPLITS_FILE, folder / SPLITS_FILE
     if not source.is_file():
         return
-    splits = load_json_checked(source, "the raw data set's file of splits")
+    splits = check_splits(source, raw.cases)
     if not target.is_file():
         with atomic_path(target) as temporary:
             shutil.copyfile(source, temporary)
         return
-    stored = load_json_checked(target, "the file of splits")
+    stored = read_splits(target)
     for number, fold in enumerate(splits):
         same = number < len(stored) and all(set(fold[part]) == set(stored[number][part]) for part in ("train", "val"))
         if not same:

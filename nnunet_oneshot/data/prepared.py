@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
+from nnunet_oneshot.data.description import check_description
 from nnunet_oneshot.data.orientation import aligned_by_headers, axes_of, in_common_order, name_of
 from nnunet_oneshot.data.outline import restore_outline
 from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
@@ -57,12 +58,15 @@ class PreparedDataset:
                 f"plan_and_preprocess -d {dataset}` first, or correct -p."
             )
         plans = load_json_checked(base / f"{plans_name}.json", "the plans file")
+        if not isinstance(plans, dict) or not isinstance(plans.get("configurations", {}), dict):
+            raise OneShotError(f"{base / plans_name}.json does not hold nnU-Net's plans: plan the dataset again.")
         if configuration not in plans.get("configurations", {}):
             raise OneShotError(
                 f"Plans {plans_name!r} of {base.name} have no configuration {configuration!r}: they have "
                 f"{sorted(plans.get('configurations', {}))}. Correct -c."
             )
-        dataset_json = load_json_checked(base / "dataset.json", "the dataset's description")
+        description = base / "dataset.json"
+        dataset_json = check_description(load_json_checked(description, "the dataset's description"), description)
         prepared = cls(base, plans, plans_name, dataset_json, configuration)
         prepared.check()
         return prepared

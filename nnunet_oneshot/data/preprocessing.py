@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunet_oneshot.data.parallel import run_on_cases
 from nnunet_oneshot.data.raw import RawDataset
-from nnunet_oneshot.data.verify import check_nifti
+from nnunet_oneshot.data.verify import check_nifti, whole_labels
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_folder, writing
 from nnunet_oneshot.names import inside
@@ -181,6 +181,9 @@ def _usable_label(reader: BaseReaderWriter, path: str, shape: tuple[int, ...]) -
             raise ValueError(f"its shape is {label.shape[1:]}, the image's is {tuple(shape)}")
         if not np.isfinite(label).all():
             raise ValueError("it holds NaN or infinite values")
+        label = whole_labels(label)
+        if not np.array_equal(label, np.rint(label)):
+            raise ValueError("it holds values that are no whole numbers")
     # Readers raise whatever the underlying library raises.
     except Exception as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[-1]

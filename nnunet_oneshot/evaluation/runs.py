@@ -19,6 +19,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.commands import CommandResult, command_environment, run_command
 from nnunet_oneshot.evaluation.methods import CEILING, Method, parse_method, trainer_name
 from nnunet_oneshot.evaluation.metrics import score_segmentation
+from nnunet_oneshot.evaluation.propagation import read_reference
 from nnunet_oneshot.io import is_occupied, load_json_checked, save_json_atomic, writing
 from nnunet_oneshot.versions import versions
 
@@ -207,7 +208,7 @@ def score_cases(prepared: PreparedDataset, folder: Path, cases: Sequence[str]) -
         file = folder / f"{case}{prepared.file_ending}"
         if not file.is_file():
             raise OneShotError(f"{file} was not written by the run; see log.txt in the run's folder.")
-        reference, properties = reader.read_seg(str(prepared.labels_folder / file.name))
+        reference, properties, _ = read_reference(prepared, case)
         prediction, _ = reader.read_seg(str(file))
         scores = score_segmentation(
             prediction[0],

@@ -37,7 +37,7 @@ def contact_sheet(
                 axis.imshow(cut, cmap="gray", aspect=aspect, vmin=np.percentile(cut, 1), vmax=np.percentile(cut, 99))
                 axis.set_axis_off()
             title = f"{ranked.rank}. {ranked.case}\n{ranked.correlation:.3f}"
-            axes[row * cuts, column].set_title(title, fontsize=8)
+            axes[row * cuts, column].set_title(title, fontsize=8, parse_math=False)
     figure.suptitle("Most typical (above) and least typical cases: mean correlation to the others", fontsize=9)
     figure.savefig(path, format="png", dpi=110)
 

@@ -1,4 +1,4 @@
-"""Reads the decoder's features of a U-Net by calling its public parts."""
+"""Computes the decoder's features of a U-Net by calling its public parts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def decoder_features(
 ) -> tuple[torch.Tensor | list[torch.Tensor], list[torch.Tensor]]:
     """Forward pass of a U-Net of dynamic-network-architectures that also returns the outputs of its decoder stages.
 
-    The operations and their order are those of ``network(x)``, so the outputs are equal to it to the last bit. It holds
-    no state and can be compiled with ``torch.compile``.
+    Runs the same operations in the same order as ``network(x)``, so the outputs are bitwise equal. The function has no
+    state and can be compiled with ``torch.compile``.
 
     Args:
         network: ``PlainConvUNet`` or ``ResidualEncoderUNet``; its ``decoder.deep_supervision`` is respected.
         x: Input ``(B, C, *spatial)``.
 
     Returns:
-        ``(outputs, features)``: what ``network(x)`` returns, and the decoder stages' outputs ``(B, C_k, *spatial_k)``,
+        ``(outputs, features)``: the result of ``network(x)``, and the decoder stages' outputs ``(B, C_k, *spatial_k)``,
         full resolution first.
 
     Raises:

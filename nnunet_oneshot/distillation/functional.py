@@ -12,11 +12,11 @@ _SQUARED_EPS = 1e-12
 
 
 def global_cosine_hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    r"""One minus one cosine for each sample, the hint of arXiv 2408.03616.
+    r"""One minus the cosine of each sample's features, the hint of arXiv 2408.03616.
 
     .. math:: \frac{1}{B} \sum_b \left(1 - \cos(S_b, T_b)\right), \quad S_b, T_b \in R^{C \cdot \prod spatial}
 
-    Computed in float32. Gradients flow to both; detach the features that are to be taken as given.
+    Computed in float32. Gradients flow to both; detach features that should stay fixed.
 
     Args:
         student: Features ``(B, C, *spatial)``.
@@ -35,12 +35,12 @@ def global_cosine_hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
 
 
 def voxel_cosine_hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    r"""One minus the cosine over the channels at every place, averaged over places.
+    r"""One minus the cosine over the channels at each voxel, averaged over voxels.
 
     .. math:: \frac{1}{B} \sum_b \frac{1}{|\Omega|} \sum_{p \in \Omega} \left(1 - \cos(S_b(p), T_b(p))\right)
 
-    Every place counts alike, whatever the size of its features; in `global_cosine_hint` few large ones decide.
-    Computed in float32. Gradients flow to both; detach the features that are to be taken as given.
+    Each voxel has equal weight, whatever the magnitude of its features; in `global_cosine_hint` a few large features
+    dominate. Computed in float32. Gradients flow to both; detach features that should stay fixed.
 
     Args:
         student: Features ``(B, C, *spatial)``.
@@ -54,7 +54,7 @@ def voxel_cosine_hint(student: torch.Tensor, teacher: torch.Tensor) -> torch.Ten
     """
     _check_same_shape(student, teacher)
     student, teacher = student.float(), teacher.float()
-    # Two to four times faster on a processor than F.cosine_similarity, which normalises every voxel's features first.
+    # Two to four times faster on a CPU than F.cosine_similarity, which normalises each voxel's features first.
     own, other = ((x * x).sum(1).clamp_min(_SQUARED_EPS) for x in (student, teacher))
     cosine = (student * teacher).sum(1) * (own * other).rsqrt()
     return (1 - cosine).flatten(1).mean(1).mean()
@@ -75,16 +75,16 @@ def mask_patches(
 ) -> torch.Tensor:
     """Sets randomly chosen blocks of an image to the mean of their sample and channel.
 
-    The teacher has skip connections and can copy what it sees; what is masked it has to infer from its surroundings.
+    The teacher has skip connections and can copy visible voxels; it must infer masked voxels from their surroundings.
 
     Args:
         image: ``(B, C, *spatial)``, two or three spatial axes.
-        share: Share of the blocks that is masked, 0 to 1, the same number in every sample.
+        share: Share of the blocks to mask, 0 to 1; the same number of blocks in each sample.
         block: Edge of a block, voxels; blocks at the upper borders may be cut off.
-        generator: Source of the choice; default torch's own.
+        generator: Random generator for the choice of blocks; None uses torch's own.
 
     Returns:
-        A masked copy, or ``image`` itself where no block is to be masked.
+        A masked copy, or ``image`` itself if no block is masked.
     """
     spatial = image.shape[2:]
     grid = [-(-size // block) for size in spatial]
@@ -101,7 +101,7 @@ def mask_patches(
 
 
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """The same values, with the gradient that flows back multiplied by ``factor``; 0 cuts it off."""
+    """The same values, with the backward gradient multiplied by ``factor``; 0 stops the gradient."""
     if factor == 0 or not x.requires_grad:
         return x.detach()
     scaled = x.view_as(x)

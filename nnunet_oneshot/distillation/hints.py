@@ -1,4 +1,4 @@
-"""Hints: losses that draw the student's features to the teacher's, each one registered entry.
+"""Hints: losses that pull the student's features towards the teacher's, each a registered entry.
 
 The plans' ``distillation.hint`` names one of `HINTS`.
 """
@@ -21,8 +21,8 @@ class Hint:
 
     Attributes:
         loss: (student, teacher), features (B, C, *spatial) of one level each -> a scalar.
-        projects: Whether the student's features pass a learned projection before they are compared.
-        teaches: Whether the student hears of the teacher at all; otherwise no teacher is trained.
+        projects: Whether a learned projection is applied to the student's features before the comparison.
+        teaches: Whether the student learns from a teacher; otherwise no teacher is trained.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -40,19 +40,19 @@ HINTS: Registry[Hint] = Registry("hint", setting="hint")
 
 @HINTS.register("voxel", Hint, projects=True)
 def voxel(student: Tensor, teacher: Tensor) -> Tensor:
-    """One cosine at every place, after a learned projection of the student's features."""
+    """One cosine per voxel, after a learned projection of the student's features."""
     return voxel_cosine_hint(student, teacher)
 
 
 @HINTS.register("voxel_raw", Hint)
 def voxel_raw(student: Tensor, teacher: Tensor) -> Tensor:
-    """One cosine at every place, of the student's features as they are."""
+    """One cosine per voxel, of the student's unprojected features."""
     return voxel_cosine_hint(student, teacher)
 
 
 @HINTS.register("global", Hint)
 def whole(student: Tensor, teacher: Tensor) -> Tensor:
-    """One cosine a level, over all places and channels: the form of arXiv 2408.03616."""
+    """One cosine per level, over all voxels and channels, as in arXiv 2408.03616."""
     return global_cosine_hint(student, teacher)
 
 

@@ -1,4 +1,4 @@
-"""The teacher network, the projections of the student's features, and the losses between the two."""
+"""The teacher network, the projections of the student's features, and the losses of teacher and hint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def build_teacher(configuration_manager: ConfigurationManager, num_channels: int
     """The plan's network with the image channels as output and no deep supervision.
 
     Args:
-        configuration_manager: Configuration of the plans that the student is built from.
+        configuration_manager: Configuration of the plans from which the student is built.
         num_channels: Number of image channels, both in and out.
     """
     return get_network_from_plans(
@@ -36,10 +36,10 @@ def build_teacher(configuration_manager: ConfigurationManager, num_channels: int
 
 
 class FeatureProjection(nn.Module):
-    """Maps the student's features of one level to the teacher's: two 1x1 convolutions with a LeakyReLU between.
+    """Maps the student's features of one level to the teacher's: two 1x1 convolutions with a LeakyReLU in between.
 
-    The student keeps features that segmentation needs and reconstruction does not: only their projection has to agree
-    with the teacher. It is used in training alone.
+    The student can keep features that only segmentation needs, because only their projection has to match the teacher.
+    The projection is used in training only.
 
     Args:
         conv_op: ``nn.Conv2d`` or ``nn.Conv3d``, the network's own.
@@ -57,15 +57,15 @@ class FeatureProjection(nn.Module):
 
 
 class Distiller(nn.Module):
-    """Teacher, projections and the losses they take part in; nothing of it is needed after training.
+    """Teacher, projections and their losses; used in training only.
 
-    The reconstruction moves the teacher; the hint moves the projections and, by default, the student alone (``detach``
-    of the settings).
+    The reconstruction loss trains the teacher. The hint trains the projections and, by default, only the student (see
+    ``detach`` in the settings).
 
     Args:
         teacher: Network of `build_teacher`.
-        config: Form of the hint, number of levels (at most those the decoder has) and corruption.
-        features: How outputs and features are computed; `decoder_features` or a compiled form of it.
+        config: Form of the hint, number of levels (at most those of the decoder) and corruption.
+        features: Computes outputs and features; `decoder_features` or a compiled form of it.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class Distiller(nn.Module):
     averaged: AveragedModel
 
     def follow(self, averaged: AveragedModel) -> None:
-        """Keeps the average of a student's weights, which is saved with the teacher."""
+        """Stores the average of a student's weights, so that it is saved with the teacher."""
         self.averaged = averaged
 
     @property
     def teaches(self) -> bool:
-        """Whether the student hears of the teacher; otherwise there is no need to train one."""
+        """Whether the student learns from the teacher; otherwise no teacher is trained."""
         return HINTS[self.config.hint].teaches
 
     @property
     def moves_teacher(self) -> bool:
-        """Whether the hint reaches the teacher, so that its loss has to wait for that of the student."""
+        """Whether the hint also trains the teacher, so that the teacher's loss has to wait for the student's."""
         return self.teaches and self.config.detach != "teacher"
 
     def hint_weight(self, progress: float) -> float:
@@ -106,14 +106,14 @@ class Distiller(nn.Module):
     def reconstruct(self, real: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The teacher's loss on real patches, and its features for `hint`.
 
-        Both come from one pass over the (where configured) corrupted patches.
+        Both come from one pass over the patches, which are corrupted if configured.
 
         Args:
             real: Real patches ``(B, C, *spatial)``.
 
         Returns:
             ``(loss, features)``: mean squared error times the configured weight (the paper's lambda_recon), and the
-            features, full resolution first, detached unless the hint moves the teacher.
+            features, full resolution first, detached unless the hint trains the teacher.
         """
         config = self.config
         seen = mask_patches(real, share=config.corruption, block=config.corruption_block)
@@ -129,15 +129,15 @@ class Distiller(nn.Module):
         *,
         hint_weight: float,
     ) -> torch.Tensor:
-        """The loss that draws the features of both together, to be added to the segmentation loss as it is.
+        """The loss that pulls the features of both together; add it to the segmentation loss without a weight.
 
-        ``hint_weight`` multiplies the gradient that reaches a network rather than the loss, so that the projections
-        learn at full strength while the networks are still left alone: when the weight rises, they are not random.
+        ``hint_weight`` scales the gradient that reaches the networks, not the loss. The projections thus learn at full
+        strength while the weight is still low, and are no longer random when it rises.
 
         Args:
             student: The student's features on synthetic patches, full resolution first.
-            teacher: The teacher's on the real patches aligned with them.
-            hint_weight: Weight of the hint for the networks that it moves (the paper's lambda_hint).
+            teacher: The teacher's features on the real patches aligned with them.
+            hint_weight: Weight of the hint for the networks that it trains (the paper's lambda_hint).
 
         Returns:
             The sum over the levels, as in the paper, at weight 1.

@@ -1,4 +1,4 @@
-"""The average of a student over its training, steadier than the student itself."""
+"""The moving average of a student's weights, which is more stable than the student itself."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def average_of(student: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of a student's weights, which takes part in no backward pass.
+    """An exponential moving average of a student's weights, without gradients.
 
     Args:
-        student: The network that is trained; call ``update_parameters`` after each of its steps.
-        decay: Share of the average that remains at each step.
+        student: The trained network; call ``update_parameters`` after each training step.
+        decay: Share of the old average that is kept at each step.
     """
     averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay))
     return averaged.requires_grad_(False)

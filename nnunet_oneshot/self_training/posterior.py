@@ -1,4 +1,4 @@
-"""Propagated labels corrected by the intensities of the image they were propagated to."""
+"""Corrects propagated labels by the intensities of the target image."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ _WHOLE_SHARE = 0.2
 def posterior_labels(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> Tensor:
     r"""The most probable label of every voxel, given a propagated label map and the image itself.
 
-    A propagated label is right about which structures there are and wrong by a voxel or two about where they end. It
-    serves as prior, blurred by that uncertainty; the intensities of each label are learned from the same image by
-    expectation maximisation (after Van Leemput et al., IEEE TMI 18(10), 1999, with histograms for Gaussians); those of
-    the background are learned around each place, since what lies beside a structure differs from side to side:
+    Propagated labels show the right structures, but their borders are off by a voxel or two. They serve as prior,
+    blurred by that uncertainty. Expectation maximisation learns the intensities of each label from the same image
+    (after Van Leemput et al., IEEE TMI 18(10), 1999, with histograms instead of Gaussians). Background intensities are
+    learned locally, since the surroundings of a structure differ from side to side:
 
     .. math:: q_l(p) \propto \pi_l(p) \prod_c h_{l,c}(I_c(p))^{s / C},
               \quad h_{l,c}(i) \propto \sum_p q_l(p) \, [I_c(p) \in \mathrm{bin}_i]
 
-    with the blurred prior :math:`\pi` and strength :math:`s`. Voxels farther than 4 from any foreground remain
-    background, so that only the surroundings of the structures count as what background looks like.
+    with the blurred prior :math:`\pi` and strength :math:`s`. Voxels more than 4 voxels from any foreground remain
+    background, so that the background intensities come only from the surroundings of the structures.
 
     Args:
         image: (B, C, *spatial), two or three spatial axes.
         labels: (B, 1, *spatial) whole numbers >= 0, 0 is background.
-        blur: Standard deviation of the Gaussian that blurs the prior, voxels. A label with few voxels for its faces is
-            blurred by their ratio instead (of a sheet: half its thickness), since blurred more, its surroundings would
-            be likelier than itself even within it.
+        blur: Standard deviation of the Gaussian that blurs the prior, voxels. For a thin label it is limited to the
+            ratio of the label's voxels to its faces (for a sheet: half its thickness). With more blur, its surroundings
+            would be more probable than the label even inside it.
         strength: The exponent s; 0 returns ``labels`` unchanged.
 
     Returns:
-        Labels of the same shape and type. A label that a sample does not hold does not appear in it.
+        Labels of the same shape and type. A sample gets no labels that it did not have before.
     """
     if strength == 0:
         return labels
@@ -63,19 +63,19 @@ def posterior_target(
     has_regions: bool,
     **options: float,
 ) -> Tensor | list[Tensor]:
-    """`posterior_labels` for a target as nnU-Net's loaders give it.
+    """`posterior_labels` for a target in the format of nnU-Net's loaders.
 
     Args:
         image: (B, C, *spatial).
-        target: Labels (B, 1, *spatial), or regions (B, R, *spatial), each treated by itself, with one more channel
-            where the dataset has an ignore label; a list of them, full resolution first, under deep supervision.
-            Ignored voxels remain ignored.
+        target: Labels (B, 1, *spatial), or regions (B, R, *spatial), each processed separately, with one more channel
+            if the dataset has an ignore label. With deep supervision, a list of these, full resolution first. Ignored
+            voxels remain ignored.
         num_heads: Number of the network's outputs; for labels also the value of the ignore label.
-        has_regions: Whether heads are regions.
+        has_regions: Whether the network's outputs are regions.
         options: ``blur`` and ``strength`` of `posterior_labels`.
 
     Returns:
-        Of the same structure; the lower resolutions are nearest neighbours of the full one, as nnU-Net makes them.
+        A target of the same structure; lower resolutions are nearest-neighbour samples of the full one, as in nnU-Net.
     """
     full = target[0] if isinstance(target, list) else target
     if has_regions:
@@ -121,7 +121,7 @@ def _posterior(image: Tensor, labels: Tensor, *, blur: float, strength: float) -
 
 
 def _dilated(mask: Tensor) -> Tensor:
-    """A mask (*spatial) grown by `_REACH` voxels along every axis, one axis after the other."""
+    """A mask (*spatial) dilated by `_REACH` voxels along each axis in turn."""
     result = mask.float()
     for axis in range(mask.ndim):
         lines = result.movedim(axis, -1)
@@ -131,9 +131,9 @@ def _dilated(mask: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The largest of (L, N) values in each column and their rows, (number, N) each, in falling order.
+    """The largest of (L, N) values in each column and their rows, (number, N) each, in descending order.
 
-    A label map is sparse, so that of many labels few are possible at any one place; ``topk`` is several times slower.
+    Only few labels are possible at any one voxel, so ``number`` is small; ``topk`` is several times slower.
     """
     values = values.clone()
     found = []
@@ -158,7 +158,7 @@ def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Tensor:
 
 
 def _voxels_by_faces(labels: Tensor, number: int) -> Tensor:
-    """Voxels over faces of labels 0 ... number - 1 of a map (*spatial), (number,): of a sheet half its thickness."""
+    """Voxels per face of labels 0 ... number - 1 of a map (*spatial), (number,); for a sheet, half its thickness."""
     volumes = torch.bincount(labels.flatten(), minlength=number)
     faces = torch.zeros_like(volumes)
     for axis, size in enumerate(labels.shape):
@@ -169,7 +169,7 @@ def _voxels_by_faces(labels: Tensor, number: int) -> Tensor:
 
 
 def _extents(labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Lowest and highest voxel of the labels 0 ... number - 1 of a map (*spatial), (number, D) each."""
+    """Lowest and highest voxel index of the labels 0 ... number - 1 of a map (*spatial), (number, D) each."""
     lowest, highest = [], []
     for axis, size in enumerate(labels.shape):
         places = torch.arange(size, device=labels.device).view([-1 if a == axis else 1 for a in range(labels.ndim)])
@@ -189,24 +189,24 @@ def _nearest(volume: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _binned(values: Tensor) -> Tensor:
-    """Number of the bin of each value (N,), between quantiles that leave out the outermost values."""
+    """Bin index of each value (N,); the bins lie between quantiles that exclude the outermost values."""
     ordered = values.sort().values
     outer = int(_OUTER_SHARE * (len(ordered) - 1))
     low, high = ordered[outer], ordered[-1 - outer]
-    # Relative to the values, whatever their unit; all of one value share a bin.
+    # Bins scale with the range of the values, whatever their unit; constant values share a bin.
     width = (high - low).clamp_min(torch.finfo(values.dtype).tiny)
     return ((values - low) / width * _BINS).clamp(0, _BINS - 1).long()
 
 
 def _histograms(counts: Tensor) -> Tensor:
-    """Histograms (L, bins), smoothed, each with the sum 1 and above 0 everywhere."""
+    """Smoothed histograms (L, bins), each with sum 1 and above 0 everywhere."""
     counts = _smooth(counts, _kernel(_BIN_SMOOTHING), 0)
     counts = counts + _FLOOR * counts.sum(1, keepdim=True).clamp_min(1e-8)
     return counts / counts.sum(1, keepdim=True)
 
 
 def _cells(band: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, ...]]:
-    """The cell of `_CELL` voxels an edge in which each voxel of the band lies, and the shape of the grid of cells."""
+    """The cell (edge `_CELL` voxels) of each voxel in the band, and the shape of the grid of cells."""
     grid = tuple(-(-size // _CELL) for size in shape)
     cells, rest = torch.zeros_like(band), band
     stride = 1
@@ -217,10 +217,10 @@ def _cells(band: Tensor, shape: torch.Size) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _local_histograms(weights: Tensor, index: Tensor, cells: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Probability of each voxel's own bin in the histogram of its surroundings: (N,), above 0.
+    """Probability of each voxel's bin in the histogram of its surroundings: (N,), above 0.
 
-    What lies beside a structure differs from side to side, so that the background needs a histogram for each place;
-    where it holds little background, that of the whole band takes its part.
+    The surroundings of a structure differ from side to side, so the background needs a local histogram. Where there is
+    little background nearby, the histogram of the whole band contributes more.
     """
     counts = weights.new_zeros(math.prod(grid) * _BINS).index_add_(0, cells * _BINS + index, weights)
     counts = counts.view(-1, _BINS)
@@ -242,14 +242,14 @@ def _gaussian(volumes: Tensor, deviation: float) -> Tensor:
 
 
 def _kernel(deviation: float) -> list[float]:
-    """Weights of a Gaussian; numbers and no tensor, which a GPU would be asked for one by one."""
+    """Weights of a Gaussian; a list, because reading a tensor's values one by one from a GPU is slow."""
     radius = math.ceil(3 * deviation)
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float32) / deviation) ** 2)
     return (kernel / kernel.sum()).tolist()
 
 
 def _smooth(volumes: Tensor, kernel: list[float], axis: int) -> Tensor:
-    """Convolution of (N, *spatial) along one spatial axis; a sum of shifted copies, since kernels are short."""
+    """Convolution of (N, *spatial) along one spatial axis, as a sum of shifted copies because kernels are short."""
     size, radius = volumes.shape[axis + 1], len(kernel) // 2
     first, last = volumes.narrow(axis + 1, 0, 1), volumes.narrow(axis + 1, size - 1, 1)
     repeats = [1] * volumes.ndim

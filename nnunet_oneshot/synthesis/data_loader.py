@@ -1,4 +1,4 @@
-"""nnU-Net's data loader, fed with patches made from the atlas."""
+"""nnU-Net's data loader for patches made from the atlas."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from nnunet_oneshot.synthesis.spatial import patch_coordinates, split_spatial
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """What the patches of a loader are.
+    """Settings for the patches of a loader.
 
     Attributes:
         batch_size: Samples a batch.
-        initial_patch_size: Size from which nnU-Net cuts the final patch when it augments; 2 or 3 axes.
+        initial_patch_size: Size of the patch before augmentation, from which nnU-Net cuts the final patch; 2 or 3 axes.
         patch_size: Final size.
         transforms: nnU-Net's training or validation transforms.
-        synthesis: How deformation and appearance are varied.
-        real_share: Probability that data is the real image with the warped label rather than the warped atlas.
-        augment: Whether deformation and appearance are varied.
-        oversample_foreground_percent: Share of samples that must hold foreground, as in nnU-Net.
+        synthesis: Settings for the variation of deformation and appearance.
+        real_share: Probability that the image is real instead of the warped atlas; the label is warped in both cases.
+        augment: Whether to vary deformation and appearance.
+        oversample_foreground_percent: Share of samples that must contain foreground, as in nnU-Net.
         masked: For each channel, whether masked normalisation was used (``use_mask_for_norm`` of the plans).
     """
 
@@ -63,10 +63,10 @@ class PatchSettings:
 
 
 class OneShotDataLoader(nnUNetDataLoader):
-    """Yields for every sample a synthetic patch, its label, and the real patch it is aligned with.
+    """Yields for each sample a synthetic patch, its label and the aligned real patch.
 
-    nnU-Net's own loader chooses the place of a patch, and nnU-Net's transforms augment it; the spatial ones are turned
-    into coordinates (see `nnunet_oneshot.synthesis.spatial`). Built by `build_oneshot_loader`.
+    nnU-Net's own loader chooses the position of a patch, and nnU-Net's transforms augment it. The spatial transforms
+    are applied as coordinates (see `nnunet_oneshot.synthesis.spatial`). `build_oneshot_loader` builds this class.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class OneShotDataLoader(nnUNetDataLoader):
         self.pair_weights = draw_weights([registrations[pair] for pair in self.pairs])
 
     def set_thread_id(self, thread_id: int) -> None:
-        """Called by batchgenerators in each worker; seeds torch there, which batchgenerators leaves alone."""
+        """Called by batchgenerators in each worker; seeds torch there, which batchgenerators does not."""
         super().set_thread_id(thread_id)
         torch.set_num_threads(1)
         torch.manual_seed(derive_seed(self.seed, thread_id))
@@ -107,8 +107,8 @@ class OneShotDataLoader(nnUNetDataLoader):
         """One batch.
 
         Returns:
-            ``data`` (B, C, *patch) float32, ``target`` as nnU-Net's loader gives it, ``real`` (B, C, *patch) float32
-            aligned with ``data``, ``from_real`` (B,) bool, whether ``data`` shows the real image, ``keys`` (the
+            ``data`` (B, C, *patch) float32, ``target`` in the format of nnU-Net's loader, ``real`` (B, C, *patch)
+            float32 aligned with ``data``, ``from_real`` (B,) bool, whether ``data`` shows the real image, ``keys`` (the
             unlabelled cases) and ``atlases``.
         """
         probabilities = self.pair_weights / self.pair_weights.sum()
@@ -132,7 +132,7 @@ class OneShotDataLoader(nnUNetDataLoader):
 
     def _sample(self, atlas_name: str, case: str, foreground: bool) -> dict:
         atlas, registration = self.atlases[atlas_name], self.registrations[atlas_name, case]
-        # Nothing is drawn where there is no choice, so that trainers of one source share their random numbers.
+        # Draws only if there is a choice, so that trainers with a single source use the same random numbers.
         real_share = self.settings.real_share
         mixed = 0 < real_share < 1
         from_real = np.random.uniform() < real_share if mixed else real_share == 1
@@ -141,7 +141,7 @@ class OneShotDataLoader(nnUNetDataLoader):
             registration, lambda: self._other(atlas_name), self.settings.synthesis, augment=augment
         )
         locations = self._locations(deformation, atlas) if foreground or self.has_ignore else None
-        # Where no label of the atlas is left to aim at, nnU-Net's loader falls back to a random place.
+        # If the atlas has no label to centre on, nnU-Net's loader falls back to a random position.
         corner, _ = self.get_bbox(registration.case_shape, foreground, locations)
         points = patch_coordinates(corner, self.patch_size, self.final_patch_size, self.spatial)
         data = self._data.load_case(case)[0]
@@ -163,7 +163,7 @@ class OneShotDataLoader(nnUNetDataLoader):
         return self.registrations[self.pairs[np.random.choice(pairs, p=weights / weights.sum())]]
 
     def _locations(self, deformation: Deformation, atlas: Atlas) -> dict:
-        """nnU-Net's class locations with one place a class, moved from the atlas to the case."""
+        """nnU-Net's class locations with one voxel per class, mapped from the atlas to the case."""
         moved: dict[Any, list] = {}
         for name, places in atlas.class_locations.items():
             if len(places) == 0:
@@ -187,10 +187,10 @@ def build_oneshot_loader(
 
     Args:
         prepared: The dataset.
-        registrations: Holds every atlas registered to every case.
+        registrations: Contains the registration of each atlas to each case.
         atlases: Labelled cases.
-        cases: Unlabelled cases; of each only the image is read.
-        settings: What the patches are.
+        cases: Unlabelled cases; only their images are read.
+        settings: Settings for the patches.
         seed: Seed of torch in the worker processes.
     """
     loaded = {
@@ -213,25 +213,25 @@ def build_oneshot_loader(
 
 
 class ImagesOnly:
-    """Stands in for an nnU-Net dataset; opens the image of a case and never its label."""
+    """Replaces an nnU-Net dataset; opens the image of a case but never its label."""
 
     def __init__(self, folder: str, identifiers: Sequence[str]) -> None:
         self.identifiers = sorted(identifiers)
         self.folder = folder
 
     def load_case(self, identifier: str) -> tuple:
-        """(image, None, None, {}); the image can be sliced without reading the whole file."""
+        """(image, None, None, {}); slicing the image does not read the whole file."""
         return open_image(self.folder, identifier), None, None, {}
 
 
 def wrap_workers(loader: OneShotDataLoader, num_processes: int, seed: int, pin_memory: bool):
-    """Runs a loader in nnU-Net's worker processes, with batches in an order that depends on the seed alone.
+    """Runs a loader in nnU-Net's worker processes; the order of the batches depends only on the seed.
 
     Args:
         loader: The loader.
-        num_processes: Number of workers; 0 stays in this process, which then should be seeded.
+        num_processes: Number of workers; 0 runs in this process, which the caller should then seed.
         seed: Each worker's numpy seed is derived from it.
-        pin_memory: Whether batches are put into pinned memory.
+        pin_memory: Whether to put batches into pinned memory.
     """
     if num_processes == 0:
         return SingleThreadedAugmenter(loader, None)

@@ -47,16 +47,16 @@ def random_velocity(
 def match_quantiles(image: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     """Maps intensities so that their distribution inside a mask becomes the reference's, channel by channel.
 
-    The map is monotone and piecewise linear between 33 quantiles; values beyond them keep their distance from the
-    outermost.
+    The map is monotone and piecewise linear between 33 quantiles; values beyond the outermost quantiles keep their
+    distance to them.
 
     Args:
         image: (C, *patch).
         reference: (C, *patch).
-        mask: (*patch) bool, where both are compared and ``image`` is changed.
+        mask: (*patch) bool, voxels that are compared and changed.
 
     Returns:
-        (C, *patch); ``image`` itself where the mask holds fewer voxels than quantiles.
+        (C, *patch); ``image`` itself if the mask has fewer voxels than there are quantiles.
     """
     if int(mask.sum()) < len(_QUANTILES):
         return image
@@ -78,7 +78,7 @@ def match_quantiles(image: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
 def local_appearance_difference(image: Tensor, reference: Tensor, mask: Tensor, *, smoothness: float) -> Tensor:
     """The smooth part of reference - image inside a mask, by normalised Gaussian filtering.
 
-    Added to ``image`` it carries over shading and regional contrast, but no edges finer than the filter.
+    Adding it to ``image`` transfers shading and regional contrast, but no edges finer than the filter.
 
     Args:
         image: (C, *patch).
@@ -104,10 +104,10 @@ def transfer_appearance(
     Args:
         image: (C, *patch).
         reference: (C, *patch).
-        mask: (*patch) bool, where it is changed.
-        global_share: 0 keeps the intensities, 1 takes over their distribution (`match_quantiles`).
+        mask: (*patch) bool, voxels that are changed.
+        global_share: 0 keeps the intensities, 1 matches their distribution to the reference's (`match_quantiles`).
         local_share: Share of the remaining smooth difference that is added (`local_appearance_difference`).
-        smoothness: Standard deviation of that filter, voxels.
+        smoothness: Standard deviation of the filter for that difference, voxels.
 
     Returns:
         (C, *patch).

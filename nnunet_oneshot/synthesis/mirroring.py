@@ -1,4 +1,4 @@
-"""Decides from the atlas's labels, and from how the images lie, which axes may be mirrored."""
+"""Decides from the atlas's labels and the orientation of the images which axes may be mirrored."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def decide_mirror_axes(
     ignore_label: int | None = None,
     mixed_orders: bool = False,
 ) -> tuple[tuple[int, ...], str]:
-    """The axes of the patch that are mirrored in training and at test time.
+    """The axes of the patch to mirror in training and at test time.
 
     Args:
         setting: ``"auto"`` (axes of both `allowed_mirror_axes` and `occurring_mirror_axes`) or the axes that the plans
             allow.
         dim: Number of axes of the patch; a 2D patch lies in the last two axes of a volume.
-        load_atlas_segs: Gives the atlases' label maps; called for ``"auto"`` only.
-        load_images: Gives images of the atlases and of the unlabelled training cases, each (C, X, Y, Z); called for
+        load_atlas_segs: Returns the atlases' label maps; called for ``"auto"`` only.
+        load_images: Returns images of the atlases and of the unlabelled training cases, each (C, X, Y, Z); called for
             ``"auto"`` only.
         ignore_label: A label that marks unlabelled voxels.
-        mixed_orders: Whether the cases' arrays are stored in different axis orders. An axis of the patch is then any
-            axis of the subject: all are mirrored, or none where one of them exchanges labels.
+        mixed_orders: Whether the cases' arrays are stored in different axis orders. An axis of the patch can then be
+            any axis of the subject: all axes are mirrored, or none if one of them exchanges labels.
 
     Returns:
-        ``(axes, sentence)``: the axes, and what a log should say about them.
+        ``(axes, sentence)``: the axes, and a log message about them.
     """
     every = tuple(range(dim))
     if setting != "auto":
@@ -70,17 +70,18 @@ def decide_mirror_axes(
 def occurring_mirror_axes(
     atlases: Sequence[np.ndarray], cases: Sequence[np.ndarray], axes: Sequence[int]
 ) -> tuple[int, ...]:
-    """The axes along which some of the cases look mirrored.
+    """The axes along which some cases look mirrored.
 
-    Where scans are all taken one way round, a network gains nothing from mirrored ones and has to learn them besides:
-    with one atlas and a short training that costs accuracy. The rule, for each axis: it is kept if at least one case
-    in ten resembles the mirrored atlas more than the atlas itself, by the correlation of small blurred copies
-    (`nnunet_oneshot.data.thumbnails`). A symmetric anatomy stays above that bar, a scan upside down far below it.
+    If all scans have the same orientation, mirrored images do not help the network, but it still has to learn them:
+    with one atlas and a short training, this costs accuracy. An axis is kept if at least one case in ten resembles the
+    mirrored atlas more than the atlas itself, by the correlation of small blurred copies
+    (`nnunet_oneshot.data.thumbnails`). Axes of symmetric anatomy pass this threshold; axes whose mirror image is upside
+    down are far below it.
 
     Args:
-        atlases: Images (C, X, Y, Z); the first decides.
-        cases: Images (C, X, Y, Z); without any, every axis is kept.
-        axes: Axes of (X, Y, Z) to look at.
+        atlases: Images (C, X, Y, Z); only the first is used.
+        cases: Images (C, X, Y, Z); if there are none, every axis is kept.
+        axes: Axes of (X, Y, Z) to test.
 
     Returns:
         Those of ``axes`` that are kept, in the given order.
@@ -102,18 +103,18 @@ def allowed_mirror_axes(
 ) -> tuple[int, ...]:
     """The axes along which mirroring does not exchange labels.
 
-    Labels of the left and the right (left and right hippocampus) change places in a mirrored image, but nnU-Net would
-    keep their names: a network trained on one atlas that way cannot tell them apart.
+    Left and right labels (such as left and right hippocampus) change places in a mirrored image, but nnU-Net would keep
+    their names. A network trained this way on one atlas cannot tell them apart.
 
-    The rule, for each axis: mirror the label map about the plane where the foreground overlaps its mirror image most,
-    among those no farther than a tenth of its extent from its middle. The axis is left out if, in any of the atlases, a
-    mirrored label lands on another one rather than on itself: if its Dice with another label is at least 0.3, and at
-    least 0.1 above its Dice with itself. Leaving out an axis that could have been mirrored costs some augmentation,
-    mirroring one that exchanges labels costs those labels: so a low bar.
+    For each axis, the label map is mirrored about the plane where the foreground overlaps its mirror image most, among
+    planes within a tenth of its extent from its middle. An axis is excluded if, in any atlas, a mirrored label lands on
+    another label rather than on itself: its Dice with another label is at least 0.3, and at least 0.1 above its Dice
+    with itself. The threshold is low because excluding an axis costs only some augmentation, whereas mirroring an axis
+    that exchanges labels costs those labels.
 
     Args:
         atlas_segs: Label maps ``(1, X, Y, Z)`` or ``(X, Y, Z)``; values below 1 are background.
-        axes: Axes of ``(X, Y, Z)`` to look at.
+        axes: Axes of ``(X, Y, Z)`` to test.
         ignore_label: A label that marks unlabelled voxels, treated as background.
 
     Returns:
@@ -141,7 +142,7 @@ def _foreground_crop(seg: np.ndarray, ignore_label: int | None) -> np.ndarray:
 
 
 def _exchanges_labels(labels: np.ndarray, axis: int) -> bool:
-    """Whether mirroring a cropped label map ``(X, Y, Z)`` along ``axis`` carries a label onto another one."""
+    """Whether mirroring a cropped label map ``(X, Y, Z)`` along ``axis`` moves a label onto another one."""
     if labels.size == 0:
         return False
     original, mirrored = _with_mirror_image(labels, axis)
@@ -159,21 +160,21 @@ def _exchanges_labels(labels: np.ndarray, axis: int) -> bool:
 
 
 def _with_mirror_image(labels: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """A label map and its mirror image, both padded along ``axis`` so that their foregrounds overlap most.
+    """A label map and its mirror image, both padded along ``axis`` to maximise the overlap of their foregrounds.
 
     The overlap of the foreground with its mirror image about the plane ``s / 2`` is the self-convolution of the
-    foreground along the axis at ``s``. Planes far from the middle do not count: a large label overlaps itself best
-    about its own middle, whatever lies on the other side.
+    foreground along the axis at ``s``. Planes far from the middle are ignored: a large label overlaps itself most when
+    mirrored about its own middle, whatever lies on the other side.
     """
     size = labels.shape[axis]
     profile = np.moveaxis(labels > 0, axis, -1).reshape(-1, size)
     spectrum = np.fft.rfft(profile.astype(np.float32), n=2 * size, axis=-1)
     overlap = np.fft.irfft((spectrum**2).sum(axis=0), n=2 * size)[: 2 * size - 1]
-    # Percentiles, because a few stray voxels would move the ends.
+    # Percentiles, because a few stray voxels would shift the ends.
     low, high = np.percentile(np.repeat(np.arange(size), profile.sum(axis=0)), (1, 99))
     reach = 2 * MAX_SHIFT * (high - low + 1)
     near = [s for s in range(2 * size - 1) if abs(s - (low + high)) <= max(reach, 1)]
-    # Equal overlaps differ by rounding; the plane nearest the middle is taken.
+    # Equal overlaps may differ by rounding; the plane nearest the middle wins.
     best = [s for s in near if overlap[s] > max(overlap[near]) - 0.5]
     shift = min(best, key=lambda s: abs(s - (low + high))) - (size - 1)
     before, after = max(-shift, 0), max(shift, 0)

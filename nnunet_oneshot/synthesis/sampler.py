@@ -1,4 +1,4 @@
-"""Draws aligned patches: the warped atlas with its label, and the real image at the same places."""
+"""Draws aligned patches: the warped atlas with its label, and the real image at the same location."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Atlas:
     Attributes:
         image: (C, X, Y, Z) float32.
         seg: (1, X, Y, Z) int16, -1 outside the nonzero region.
-        class_locations: Label or region -> (N, 4) places as nnU-Net stores them.
+        class_locations: Label or region -> (N, 4) voxel locations as nnU-Net stores them.
     """
 
     image: Tensor
@@ -40,9 +40,10 @@ class Deformation:
 
     Attributes:
         registration: The registration it starts from.
-        displacement: (3, gx, gy, gz), atlas voxels, of exp(v_new).
-        inverse: The same of exp(-v_new).
-        undo: The same of exp(-v) of the registration, or None where v_new = v, so that the real image is read as is.
+        displacement: Displacement of exp(v_new), (3, gx, gy, gz), atlas voxels.
+        inverse: Displacement of exp(-v_new), as above.
+        undo: Displacement of exp(-v) of the registration, as above; None if v_new = v, so that the real image is read
+            as is.
     """
 
     registration: Registration
@@ -53,7 +54,7 @@ class Deformation:
 
 @dataclass(frozen=True)
 class Patch:
-    """Aligned patches, all of one spatial shape.
+    """Aligned patches of the same spatial shape.
 
     Attributes:
         synthetic: (C, *patch) warped atlas; 0 outside the case's field of view, as nnU-Net pads.
@@ -75,10 +76,10 @@ def draw_deformation(
     ``v_new = s ((1 - t) v + t w) + r``.
 
     Args:
-        registration: Of the atlas to the case whose patch is drawn.
+        registration: Registration of the atlas to the case whose patch is drawn.
         others: Returns the registration of the same atlas to another case.
         config: Probabilities and ranges.
-        augment: False takes the registration as it is.
+        augment: False uses the registration unchanged.
     """
     velocity = torch.from_numpy(registration.velocity)
     shape = registration.atlas_shape
@@ -100,7 +101,7 @@ def draw_deformation(
 
 
 def case_location(deformation: Deformation, atlas_voxel: Sequence[int]) -> np.ndarray:
-    """The voxel of the case at which an atlas voxel appears under a deformation, 3 whole numbers inside the case."""
+    """The voxel of the case to which a deformation moves an atlas voxel, 3 integers inside the case."""
     registration = deformation.registration
     point = torch.tensor(list(atlas_voxel), dtype=torch.float32).view(3, 1, 1, 1)
     point = deform_points(point, deformation.inverse, registration.atlas_shape)
@@ -112,11 +113,11 @@ def case_location(deformation: Deformation, atlas_voxel: Sequence[int]) -> np.nd
 def sample_patch(
     points: Tensor, deformation: Deformation, atlas: Atlas, read_case: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> Patch:
-    """Reads atlas, label and real image at the places of a patch.
+    """Samples atlas, label and real image at the points of a patch.
 
-    The atlas is read once at exp(v_new)(affine(p)). The real image is read where the registration says that the same
-    anatomy lies, ``affine^-1(exp(-v)(exp(v_new)(affine(p))))``, which is p itself for the registration as it is; so
-    both stay aligned whatever deformation was drawn.
+    The atlas is sampled once at exp(v_new)(affine(p)). The real image is sampled where the same anatomy lies according
+    to the registration, ``affine^-1(exp(-v)(exp(v_new)(affine(p))))``. This is p itself for an unchanged registration.
+    Both thus stay aligned for any drawn deformation.
 
     Args:
         points: (3, *patch), case voxel coordinates.
@@ -152,14 +153,14 @@ def in_all_channels(box: tuple[slice, ...]) -> tuple[slice, ...]:
 
 
 def with_own_mask(patch: Patch, masked: Sequence[bool]) -> Patch:
-    """A patch whose label is -1 where its own real image is empty, and no longer where the warped atlas is.
+    """A patch whose label is -1 where its real image is empty, instead of where the warped atlas is empty.
 
-    nnU-Net's augmentation sets masked channels to 0 where the label is -1. For a patch that shows the real image that
-    must be the empty space of this image, as at inference.
+    nnU-Net's augmentation sets masked channels to 0 where the label is -1. For a patch that shows the real image, this
+    must be the empty space of that image, as at inference.
 
     Args:
         patch: The patch.
-        masked: For each channel, whether the values of the nonzero region alone were normalised.
+        masked: For each channel, whether only the values of the nonzero region were normalised.
     """
     if not any(masked):
         return patch

@@ -1,4 +1,4 @@
-"""nnU-Net's spatial augmentation as coordinates, so that atlas and real image are each resampled once."""
+"""nnU-Net's spatial augmentation as coordinates, so that atlas and real image are each resampled only once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def split_spatial(transforms: BasicTransform) -> tuple[SpatialTransform | None, 
     """Takes nnU-Net's spatial transform out of a pipeline.
 
     Args:
-        transforms: What ``get_training_transforms`` or ``get_validation_transforms`` of an nnU-Net trainer returns.
+        transforms: Result of ``get_training_transforms`` or ``get_validation_transforms`` of an nnU-Net trainer.
 
     Returns:
-        The spatial transform, or None, and the pipeline without it and without the pair of conversions around it
-        that nnU-Net uses to augment anisotropic patches slice-wise.
+        The spatial transform or None, and the pipeline without it. The pair of conversions around it, with which
+        nnU-Net augments anisotropic patches slice-wise, is removed too.
     """
     steps = list(transforms.transforms)
     index = next((i for i, step in enumerate(steps) if isinstance(step, SpatialTransform)), None)
@@ -43,13 +43,13 @@ def patch_coordinates(
     """Voxel coordinates of a patch after random rotation and scaling.
 
     Args:
-        corner: Lowest voxel of the initial patch, from which nnU-Net would cut the final one; 3 axes.
-        initial_shape: Its shape.
+        corner: Lowest voxel of the initial patch, from which nnU-Net would cut the final patch; 3 axes.
+        initial_shape: Shape of the initial patch.
         patch_shape: Shape of the final patch.
-        spatial: Draws the augmentation, in 3D or in the last two axes; None takes the patch as it is.
+        spatial: Draws the augmentation, in 3D or in the last two axes; None leaves the patch unchanged.
 
     Returns:
-        (3, *patch_shape); whole numbers where nothing is augmented.
+        (3, *patch_shape); whole numbers if nothing is augmented.
     """
     plain = [c + i // 2 - p // 2 for c, i, p in zip(corner, initial_shape, patch_shape, strict=True)]
     points = identity_grid(patch_shape) + torch.tensor(plain, dtype=torch.float32).view(3, 1, 1, 1)

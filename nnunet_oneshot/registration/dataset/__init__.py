@@ -1,1 +1,1 @@
-"""The atlases of a prepared dataset and all its cases: what is registered, kept and shown, and which case to label."""
+"""Registers the atlases of a prepared dataset to its cases, caches and draws the results, and suggests an atlas."""

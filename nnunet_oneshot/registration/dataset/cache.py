@@ -1,4 +1,4 @@
-"""Registrations on disk: one compressed array file and one JSON a pair, written so that they are complete or absent.
+"""Registrations on disk: one compressed array file and one JSON file per pair, written atomically.
 
 <dataset>/oneshot_registrations/<data identifier>/<atlas>/<case>.npz    affine, velocity, shapes
                                                           <case>.json   quality, parameters, versions, checksum
@@ -32,19 +32,19 @@ class RegistrationCache:
         return self.folder / atlas / f"{case}{suffix}"
 
     def is_current(self, atlas: str, case: str, key: str) -> bool:
-        """Whether the pair is there, undamaged, and made from the inputs and parameters that ``key`` stands for."""
+        """Whether the pair exists, is undamaged, and was made from the inputs and parameters behind ``key``."""
         record = self._record(atlas, case)
         return record is not None and record["key"] == key and record["checksum"] == self._checksum(atlas, case)
 
     def is_damaged(self, atlas: str, case: str) -> bool:
-        """Whether the pair was written and its files no longer fit each other."""
+        """Whether the pair was written but its files no longer match each other."""
         if not self.path(atlas, case, ".json").is_file():
             return False
         record = self._record(atlas, case)
         return record is None or record["checksum"] != self._checksum(atlas, case)
 
     def save(self, registration: Registration, *, key: str, parameters: dict, versions: dict) -> None:
-        """Writes a pair; the JSON comes last and marks it complete."""
+        """Writes a pair. The JSON file comes last and marks the pair as complete."""
         target = self.path(registration.atlas, registration.case, ".npz")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,5 +123,5 @@ class RegistrationCache:
 
 
 def _is_complete(record: Any) -> bool:
-    """Whether what a pair's JSON file holds has all that is read of it."""
+    """Whether the content of a pair's JSON file has all required entries."""
     return isinstance(record, dict) and {"key", "checksum", "quality"} <= record.keys()

@@ -1,4 +1,4 @@
-"""What ``nnunet_oneshot register`` does: registers a dataset ahead of training."""
+"""Implements ``nnunet_oneshot register``, which registers a dataset before training."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def register(
 
     Args:
         dataset: Name or number of the dataset.
-        configuration: Such as ``3d_fullres``.
-        plans_name: Such as ``nnUNetOneShotPlans``.
+        configuration: For example ``3d_fullres``.
+        plans_name: For example ``nnUNetOneShotPlans``.
         folds: Folds whose atlases are registered; numbers or ``"all"``.
         device: Where the deformable stage runs.
-        figures: Whether a picture of each pair is drawn.
-        guide: Folder of a trained model whose segmentations guide; None is what the plans say.
+        figures: Whether to draw a picture of each pair.
+        guide: Folder of a trained model whose segmentations guide the registrations; None uses the plans' setting.
 
     Returns:
         The cache of each fold.
 
     Raises:
-        OneShotError: Something does not exist or is not as expected.
+        OneShotError: The dataset, plans, fold, device or guide is missing or invalid.
     """
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
     config = with_guide(OneShotConfig.from_plans(prepared.plans), guide)

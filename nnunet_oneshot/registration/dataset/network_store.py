@@ -1,4 +1,4 @@
-"""Trains the registration network once and keeps it beside the registrations."""
+"""Trains the registration network once and stores it next to the registrations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nnunet_oneshot.registration.pair.registrar import AtlasRegistrar
 
 # (atlas, fixed) (B, C, *grid) -> velocity (B, D, *velocity grid)
 Predictor = Callable[[Tensor, Tensor], Tensor]
-# Aligned images kept in memory while the network trains.
+# Number of aligned images kept in memory while the network trains.
 _CACHED_PAIRS = 256
 
 
@@ -68,20 +68,20 @@ def load_or_fit_network(
     device: torch.device,
     log: Callable[[str], None],
 ) -> Predictor:
-    """A network's velocity of an atlas and an aligned case, on the velocity grid.
+    """Returns a function that predicts the velocity of an atlas and an aligned case, on the velocity grid.
 
-    A network trained with the same parameters and atlases is read from ``folder``; otherwise one is trained on
-    ``pairs`` and written there.
+    Loads the network from ``folder`` if one was trained with the same parameters and atlases. Otherwise trains one on
+    ``pairs`` and writes it there.
 
     Args:
-        folder: Where networks are kept.
+        folder: Folder of the networks.
         prepared: The dataset.
-        registrars: Of each atlas.
+        registrars: Registrar of each atlas.
         pairs: (atlas, case) of all pairs.
         config: Settings.
-        parameters: What the network depends on, as plain JSON types.
-        device: Where it runs.
-        log: Called with a sentence.
+        parameters: All parameters that the network depends on, as plain JSON types.
+        device: Device of the network.
+        log: Called with a message.
 
     Raises:
         OneShotError: The plan's topology does not fit the volumes, or the file is damaged.

@@ -19,7 +19,7 @@ def draw_registration(path: Path, registration: Registration, prepared: Prepared
     Args:
         path: The file.
         registration: The pair.
-        prepared: Dataset of the atlas, of which image and label are read.
+        prepared: Dataset from which the atlas's image and label are read.
         image: (C, U, V, W) image of the case.
     """
     from matplotlib.image import imsave

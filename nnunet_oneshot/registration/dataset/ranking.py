@@ -25,7 +25,7 @@ class RankedCase:
         rank: 1 is the best atlas.
         case: Its name.
         correlation: Mean correlation to all others after affine alignment.
-        correlation_unaligned: The same before alignment, which is what the automatic choice of an atlas goes by.
+        correlation_unaligned: The same before alignment, which the automatic choice of an atlas uses.
         most_similar: The case it resembles most.
     """
 
@@ -41,8 +41,8 @@ def rank_cases(
 ) -> list[RankedCase]:
     """Ranks cases by their mean correlation to all others.
 
-    Before they are compared, all are aligned to their common mean by affine registration: registration removes
-    differences of pose and size whichever case is the atlas, so these must not count against a case.
+    Affine registration first aligns all cases to their common mean. Differences of pose and size must not count against
+    a case, because the later registration removes them whichever case is the atlas.
 
     Args:
         volumes: Small volumes of equal shape, see `nnunet_oneshot.data.thumbnails.pool_volume`.
@@ -50,7 +50,7 @@ def rank_cases(
         show_progress: Whether to show progress bars.
 
     Returns:
-        All cases, best first; equals by name.
+        All cases, best first; ties are sorted by name.
     """
     names, before = correlations(volumes)
     standard = {name: _standardised(volumes[name]) for name in names}
@@ -93,5 +93,5 @@ def _standardised(volume: np.ndarray) -> np.ndarray:
 
 
 def _means_without_diagonal(matrix: np.ndarray) -> np.ndarray:
-    # Rounded, so that the order of equals does not hang on the order in which a BLAS library adds numbers.
+    # Rounded, so that the order of ties does not depend on the summation order of a BLAS library.
     return np.round((matrix.sum(1) - np.diag(matrix)) / (len(matrix) - 1), 6)

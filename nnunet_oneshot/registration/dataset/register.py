@@ -1,4 +1,4 @@
-"""Registers the atlases of a dataset to its cases, resuming from the cache."""
+"""Registers the atlases of a dataset to its cases and resumes from the cache."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from nnunet_oneshot.registration.pair.registrar import AtlasRegistrar
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.self_training.guide import SegmentingGuide, guided_by
 
-# Voxels of the registration grid optimised together: small grids share the overhead of a step.
+# Voxels of the registration grid in one batch: small grids share the overhead of a step.
 _BATCH_VOXELS = 600_000
 _LAYOUT = 3
-# Settings of the per-pair optimisation: methods that differ in them share a network.
+# Settings of the per-pair optimisation; runs that differ only in these share a network.
 _PAIRWISE = ("method", "refine_iterations", "refine_learning_rate", "search_reach")
 
 
@@ -40,15 +40,14 @@ _PAIRWISE = ("method", "refine_iterations", "refine_learning_rate", "search_reac
 class DatasetRegistrar:
     """Registers the atlases of a dataset to any of its cases, skipping pairs that are cached and unchanged.
 
-    Only images are read, and of labels only the atlases', for the pictures, for the quality around them and for a
-    guide.
+    Reads images, and labels of the atlases only: for the pictures, for the quality around the labels and for a guide.
 
     Attributes:
         prepared: The dataset.
         config: Settings.
         atlases: Labelled cases.
         device: Where the deformable stage runs.
-        log: Called with sentences about what is done.
+        log: Called with progress messages.
     """
 
     prepared: PreparedDataset
@@ -60,17 +59,17 @@ class DatasetRegistrar:
     def register(
         self, cases: Sequence[str], *, fold: int | str | None = None, figures: bool = True
     ) -> RegistrationCache:
-        """Registers the atlases by images and, where the settings name one, by a guide.
+        """Registers the atlases by images and, if the settings name one, by a guide.
 
-        Guided registrations have a cache of their own for each guide, so that neither kind takes the other's place.
+        Each guide has its own cache, so that guided and unguided registrations do not overwrite each other.
 
         Args:
             cases: Cases to warp the atlases to; an atlas is not registered to itself.
-            fold: Whose model guides, where the settings name a guide.
+            fold: Fold of the guide's model, if the settings name a guide.
             figures: Whether to draw a picture of each new pair.
 
         Returns:
-            The cache that holds all the pairs.
+            The cache with all pairs.
 
         Raises:
             OneShotError: The data are missing or damaged, or the folder cannot be written to.
@@ -86,13 +85,13 @@ class DatasetRegistrar:
     ) -> RegistrationCache:
         """Registers pairs a second time, pair by pair, guided by the segmentations of a student.
 
-        The affine maps are those of the first time, and the guide's weight is that of the rounds.
+        Reuses the first affine maps. The guide's weight is that of the rounds, ``distillation.guide_weight``.
 
         Args:
             cases: Cases to warp the atlases to.
-            first: Holds all the pairs as they were registered before.
-            guide: Whose segmentations of the cases guide.
-            folder: Where the new registrations go; those of another guide that lie there are overwritten.
+            first: The earlier registrations of all pairs.
+            guide: Segments the cases with the student.
+            folder: Folder for the new registrations; those of another guide in it are overwritten.
 
         Returns:
             The cache of the new registrations.
@@ -105,21 +104,21 @@ class DatasetRegistrar:
 
 
 def guided_folder(folder: Path, digest: str) -> Path:
-    """Where the guided counterparts of the registrations in ``folder`` lie, for a guide of this checksum."""
+    """Folder of the guided counterparts of the registrations in ``folder``, for a guide with this checksum."""
     return folder.with_name(f"{folder.name}_guided") / digest[:12]
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One pass over the pairs of a dataset: computes what a cache lacks.
+    """One pass over the pairs of a dataset: computes those missing from a cache.
 
     Attributes:
         registrar: Dataset, atlases, device and log.
         config: Settings of this pass.
-        cache: Where the pairs are kept.
-        networks: Folder in which registration networks are looked for and kept.
+        cache: Stores the pairs.
+        networks: Folder of the registration networks.
         guide: Guides each pair, or None.
-        first: Earlier registrations whose affine maps are taken, or None.
+        first: Earlier registrations whose affine maps are reused, or None.
         figures: Whether to draw a picture of each new pair.
     """
 
@@ -148,7 +147,7 @@ class _Pass:
         with writing(self.cache.folder):
             self.cache.folder.mkdir(parents=True, exist_ok=True)
             self.networks.mkdir(parents=True, exist_ok=True)
-        # The network is trained on all pairs, whatever is cached, so that it does not depend on the cache's history.
+        # Trains on all pairs, cached or not, so that the network does not depend on the cache's history.
         needed = keys if self._uses_network else missing
         registrars = {atlas: self._atlas_registrar(atlas) for atlas in sorted({atlas for atlas, _ in needed})}
         predict = None
@@ -177,10 +176,10 @@ class _Pass:
 
     @cached_property
     def _image_parameters(self) -> dict[str, Any]:
-        """What an unguided registration depends on, beside the images."""
+        """All parameters that an unguided registration depends on, apart from the images."""
         settings = self.config.registration
         parameters = {"layout": _LAYOUT, **json.loads(json.dumps(dataclasses.asdict(settings)))}
-        # A guide is known by the checksum of its weights, not by its folder.
+        # The checksum of a guide's weights identifies it, not its folder.
         del parameters["guide"], parameters["guide_weight"]
         if self._uses_network:
             parameters["seed"] = self.config.seed
@@ -190,7 +189,7 @@ class _Pass:
 
     @cached_property
     def _parameters(self) -> dict[str, Any]:
-        """What a registration depends on, beside the images."""
+        """All parameters that a registration depends on, apart from the images."""
         if self.guide is None:
             return self._image_parameters
         weight = self.config.registration.guide_weight
@@ -201,7 +200,7 @@ class _Pass:
         return {name: value for name, value in self._image_parameters.items() if name not in _PAIRWISE}
 
     def _keys(self, cases: Sequence[str]) -> dict[tuple[str, str], str]:
-        """(atlas, case) -> checksum of all that the registration depends on."""
+        """(atlas, case) -> checksum of all inputs and parameters of the registration."""
         digest = self.registrar.prepared.digest
         keys = {}
         for atlas in self.registrar.atlases:
@@ -214,12 +213,12 @@ class _Pass:
         return keys
 
     def _turned(self, atlas: str, case: str) -> list[Any]:
-        """What the headers add to the checksum of a pair: nothing where the axes of both images point alike."""
+        """The headers' part of a pair's checksum: empty if the axes of both images point the same way."""
         rotation = relative_rotation(*(self.registrar.prepared.axes(name) for name in (case, atlas)))
         return [] if rotation is None else [rotation.round(3).tolist()]
 
     def _missing(self, keys: dict[tuple[str, str], str]) -> list[tuple[str, str]]:
-        """The pairs that the cache lacks."""
+        """The pairs missing from the cache."""
         for atlas, case in keys:
             if self.cache.is_damaged(atlas, case):
                 self.registrar.log(

@@ -1,4 +1,4 @@
-"""What ``nnunet_oneshot suggest-atlas`` does: ranks scans by how well they represent the others, from images alone."""
+"""Implements ``nnunet_oneshot suggest-atlas``: ranks scans by how well they represent the others, without labels."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ def suggest_atlas(
     show_progress: bool = True,
     log: Callable[[str], None] = print,
 ) -> list[RankedCase]:
-    """Ranks the images of a raw data set, or of a folder, and writes the ranking as CSV, JSON and a picture.
+    """Ranks the images of a raw data set or a folder, and writes the ranking as CSV, JSON and a picture.
 
     Args:
-        dataset: Number or name of a data set below ``nnUNet_raw``; its labels are not opened and need not exist.
-        images: A folder of images instead, see `nnunet_oneshot.data.image_folder.ImageFolder`.
+        dataset: Number or name of a data set in ``nnUNet_raw``; its labels are not opened and need not exist.
+        images: Alternatively a folder of images, see `nnunet_oneshot.data.image_folder.ImageFolder`.
         file_ending: Suffix of the images of that folder.
-        out: Folder for ``atlas_ranking.csv``, ``.json`` and ``.png``; made where it does not exist.
+        out: Folder for ``atlas_ranking.csv``, ``.json`` and ``.png``; created if it does not exist.
         num_processes: Worker processes; None for the default.
         show_progress: Whether to show progress bars.
-        log: Called with lines for the user.
+        log: Called with messages for the user.
 
     Raises:
-        OneShotError: Neither a data set nor a folder is named, there are fewer than 3 cases, or an image cannot be
-            used.
+        OneShotError: Neither a data set nor a folder is given, there are fewer than 3 cases, or an image is unusable.
     """
     raw: RawDataset
     if dataset is not None:

@@ -15,12 +15,12 @@ from nnunet_oneshot.registration.dataset.ranking import RankedCase
 def contact_sheet(
     path: str | PathLike, raw: RawDataset, groups: tuple[Sequence[RankedCase], Sequence[RankedCase]]
 ) -> None:
-    """Writes a PNG with the best cases above the worst, each by two central slices (2D: the image).
+    """Writes a PNG with the best cases above the worst, each shown by two central slices (2D: the image).
 
     Args:
         path: Where to write.
         raw: The images.
-        groups: Best and worst cases, equally many.
+        groups: Best and worst cases, in equal numbers.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -51,6 +51,6 @@ def _cuts(raw: RawDataset, case: str) -> list[tuple[np.ndarray, float]]:
     for axis in axes:
         cut = np.take(volume, volume.shape[axis] // 2, axis)
         height, width = (edge for other, edge in enumerate(spacing) if other != axis)
-        # Slices across other axes than the first stand on their head in most readers' order.
+        # In most readers' axis order, slices across axes other than the first are upside down.
         cuts.append((cut if axis == 0 else cut[::-1], height / width))
     return cuts

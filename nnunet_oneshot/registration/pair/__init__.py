@@ -1,1 +1,1 @@
-"""Two volumes as tensors: affine map, search, velocity field and quality. Knows no file and no nnU-Net."""
+"""Registers two volumes given as tensors: affine map, search, velocity field, quality. Needs no files, no nnU-Net."""

@@ -13,9 +13,9 @@ from nnunet_oneshot.intensities import standardised
 
 # Enough voxels for a 12-parameter transform; more only cost time.
 _FINEST_VOXELS = 250_000
-# A map that stretches any direction by more than this, or shrinks it by as much, has lost its way.
+# The optimisation failed if a map stretches or shrinks any direction by more than this factor.
 _LARGEST_STRETCH = 2.0
-# Places, drawn with a fixed seed, at which the metric is evaluated at each step of the optimisation.
+# Points at which each optimisation step evaluates the metric, drawn with a fixed seed.
 _SAMPLES = 10_000
 
 
@@ -25,8 +25,8 @@ class AffineResult:
 
     Attributes:
         matrix: (D + 1, D + 1) float64, fixed voxel coordinates -> moving voxel coordinates, array axis order.
-        start: Name of the start that led to it: ``"initial"``, ``"centre"``, ``"moments"``, or ``"identity"`` where
-            no optimisation beat the alignment it began with.
+        start: Name of the start that led to it: ``"initial"``, ``"centre"``, ``"moments"``, or ``"identity"`` if no
+            optimisation improved on the initial alignment.
         metric_before: Metric of the two volumes before any optimisation (smaller is better; correlation: -1 is best).
         metric_after: The same metric after registration.
     """
@@ -43,7 +43,7 @@ def centre_alignment(
     fixed_spacing: Sequence[float],
     moving_spacing: Sequence[float],
 ) -> np.ndarray:
-    """The map fixed voxel -> moving voxel that lays the centres of both volumes on each other in mm, (D + 1, D + 1)."""
+    """The map fixed voxel -> moving voxel that aligns the centres of both volumes in mm, (D + 1, D + 1)."""
     dim = len(fixed_shape)
     scale = np.asarray(fixed_spacing, float) / np.asarray(moving_spacing, float)
     matrix = np.eye(dim + 1)
@@ -65,19 +65,18 @@ def register_affine(
 ) -> AffineResult:
     """Registers ``moving`` to ``fixed`` with an affine transform.
 
-    Each start (the initial map where there is one, centres of the grids, centres of mass) is optimised at half
-    resolution, and the best of them by the metric at full resolution. A map that stretches or shrinks any direction
-    more than twofold is discarded. Where nothing beats the initial map or laying the centres on each other, the better
-    of these is the result. Single-threaded inside, so that equal inputs give equal
-    results.
+    Each start (the initial map if given, centres of the grids, centres of mass) is optimised at half resolution. The
+    start with the best metric is then optimised at full resolution. Maps that stretch or shrink any direction more
+    than twofold are discarded. If no optimised map improves on the initial map and on aligned centres, the better of
+    those two is the result. Runs single-threaded, so that equal inputs give equal results.
 
     Args:
-        fixed: (C, *shape) image with D = 2 or 3 spatial axes; channels are averaged on one scale of intensities.
+        fixed: (C, *shape) image with D = 2 or 3 spatial axes; channels are standardised, then averaged.
         moving: (C, *shape), any grid.
         fixed_spacing: D voxel edges of ``fixed``, mm, array axis order.
         moving_spacing: D voxel edges of ``moving``, mm, array axis order.
-        initial: (D + 1, D + 1) rigid map fixed voxel -> moving voxel, such as that of the files' headers. It is one
-            more start, and its rotation is that of all others. None: the axes of both volumes point alike.
+        initial: (D + 1, D + 1) rigid map fixed voxel -> moving voxel, for example from the file headers. It adds a
+            start, and all other starts use its rotation. None: the axes of both volumes point the same way.
         metric: ``"correlation"``, or ``"mutual_information"`` (Mattes) for images of different contrast.
 
     Returns:
@@ -103,7 +102,7 @@ def register_affine(
     if min(min(fixed.shape[1:]), min(moving.shape[1:])) < 4 or not np.isfinite(before):
         return unchanged
     starts = [] if initial is None or np.allclose(initial, centred, atol=1e-3) else [("initial", given)]
-    # Identity is the first among equals: nothing is moved for the same metric.
+    # Identity comes first, so that it wins ties: nothing moves unless the metric improves.
     candidates = [("identity", geometry, before), *_optimised(pair, [*starts, *_centred_starts(pair)])]
     name, best, after = min(candidates, key=lambda candidate: _order(candidate[2]))
     if name == "identity":
@@ -117,7 +116,7 @@ _Candidate = tuple[str, sitk.AffineTransform, float]
 
 @dataclass(frozen=True)
 class _ImagePair:
-    """Two images and what is optimised between them."""
+    """Two images and the metric to optimise between them."""
 
     fixed: sitk.Image
     moving: sitk.Image
@@ -134,12 +133,12 @@ class _ImagePair:
 
 
 def _centred_starts(pair: _ImagePair) -> list[tuple[str, sitk.AffineTransform]]:
-    """Centres of the grids, and centres of mass, laid on each other."""
+    """Starts that align the centres of the grids, and the centres of mass."""
     filters = sitk.CenteredTransformInitializerFilter
     starts = []
     for name, operation in (("centre", filters.GEOMETRY), ("moments", filters.MOMENTS)):
         with contextlib.suppress(RuntimeError):
-            # There is no centre of mass in an image of one value.
+            # A constant image has no centre of mass.
             start = sitk.CenteredTransformInitializer(
                 _shifted(pair.fixed), _shifted(pair.moving), sitk.AffineTransform(pair.fixed.GetDimension()), operation
             )
@@ -158,12 +157,12 @@ def _optimised(pair: _ImagePair, starts: Sequence[tuple[str, sitk.AffineTransfor
 
 
 def _descended(pair: _ImagePair, start: tuple[str, sitk.AffineTransform], *, shrink: int) -> _Candidate | None:
-    """Where the optimisation leads from a start; None where that is nowhere."""
+    """The result of optimising from one start; None if it fails or is implausible."""
     name, transform = start
     try:
         affine = _optimise(pair, transform, shrink=shrink)
     except RuntimeError:
-        # The images stopped overlapping on the way; the other starts remain.
+        # The images no longer overlap; the other starts remain.
         return None
     return (name, affine, pair.evaluate(affine)) if _is_plausible(affine) else None
 
@@ -173,7 +172,7 @@ def _centre(image: np.ndarray) -> np.ndarray:
 
 
 def _order(value: float) -> float:
-    """Sorting key of a metric: what could not be computed comes last."""
+    """Sorting key of a metric: values that could not be computed come last."""
     return value if np.isfinite(value) else np.inf
 
 
@@ -198,7 +197,7 @@ def _to_sitk(image: np.ndarray, frame: np.ndarray) -> sitk.Image:
 
 
 def _shifted(image: sitk.Image) -> sitk.Image:
-    """The image with its minimum at 0, as centres of mass need weights that are not negative."""
+    """The image with its minimum at 0, since centres of mass need non-negative weights."""
     low = float(sitk.GetArrayViewFromImage(image).min())
     return image - low
 

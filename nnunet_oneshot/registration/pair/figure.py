@@ -24,7 +24,7 @@ def registration_figure(
     """One row of panels for each of the three axes, cut through the centre of the labels.
 
     The columns are the atlas with its labels outlined, the case, the warped atlas, the warped labels outlined on the
-    case, and a regular grid of the atlas seen through the deformation.
+    case, and a regular grid of the atlas warped to the case.
 
     Args:
         atlas: (X, Y, Z) first channel of the atlas.
@@ -32,7 +32,7 @@ def registration_figure(
         case: (U, V, W) first channel of the case.
         warped: (U, V, W) warped atlas.
         warped_seg: (U, V, W) warped labels.
-        displacement: (3, U, V, W) location in the atlas of every voxel of the case, atlas voxels.
+        displacement: (3, U, V, W) location in the atlas of each voxel of the case, atlas voxels.
 
     Returns:
         (height, width, 3) uint8, red, green and blue.
@@ -57,13 +57,13 @@ def registration_figure(
 
 
 def _centre(seg: np.ndarray, axis: int) -> int:
-    """The slice with the most foreground, or the middle one."""
+    """The slice with the most foreground, or the middle one if there is none."""
     counts = (seg > 0).sum(axis=tuple(a for a in range(seg.ndim) if a != axis))
     return int(counts.argmax()) if counts.any() else seg.shape[axis] // 2
 
 
 def _grid_lines(locations: np.ndarray) -> np.ndarray:
-    """1 near the planes of a regular grid of the atlas, seen in the case, (U, V, W)."""
+    """A regular grid of the atlas warped to the case, (U, V, W); 1 near its planes."""
     distance = np.abs((locations + _GRID_STEP / 2) % _GRID_STEP - _GRID_STEP / 2)
     varying = [axis for axis in range(3) if np.ptp(locations[axis]) > 0]
     return np.clip(1.0 - distance[varying].min(axis=0) if varying else np.zeros(locations.shape[1:]), 0, 1)
@@ -93,7 +93,7 @@ def _magnified(cut: np.ndarray) -> np.ndarray:
 
 
 def _fit(panel: np.ndarray) -> np.ndarray:
-    """The panel on a square canvas, magnified by whole numbers or thinned out."""
+    """The panel on a square canvas, magnified or subsampled by a whole number."""
     panel = _magnified(panel)
     step = -(-max(panel.shape[:2]) // _PANEL_EDGE)
     panel = panel[::step, ::step]

@@ -23,7 +23,7 @@ from nnunet_oneshot.registration.pair.pyramid import level_shapes, velocity_shap
 from nnunet_oneshot.registration.pair.search import searched_velocity
 from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
 
-# Share of the first level's steps that both starts get before one of them is given up.
+# Share of the first level's steps that both starts get before the worse one is dropped.
 _TRIAL = 1 / 3
 
 
@@ -45,9 +45,9 @@ def refine_velocity(
         mask: (B, 1, *grid), 1 where ``fixed`` was observed.
         spacing: D voxel edges of the grid, mm.
         config: Similarity, weights, iterations at each level (coarse to fine).
-        initial: (B, D, *velocity grid) start, voxels of the grid; None is zero, and all levels are run. With a start
-            only the levels from the second on are run.
-        guide: Labels that are to match too, with the weight ``config.guide_weight``.
+        initial: (B, D, *velocity grid) start, voxels of the grid. None starts from zero and runs all levels; with a
+            start, optimisation begins at the second level.
+        guide: Labels that should also match, weighted by ``config.guide_weight``.
 
     Returns:
         (B, D, *velocity_shape) velocity fields, voxels of the grid.
@@ -83,7 +83,7 @@ def refine_velocity(
 
 
 class _Level:
-    """The objective at one resolution level; arguments as those of `refine_velocity`.
+    """The objective at one resolution level; takes the arguments of `refine_velocity`.
 
     Velocity fields are (B, D, *velocity grid), voxels of the level's grid ``shape``.
     """
@@ -101,7 +101,7 @@ class _Level:
     ) -> None:
         self._shape, self._config = shape, config
         self.step_size = config.refine_learning_rate
-        # What is large is found while it is cheap: penalised alike on all levels, large displacements stay too short.
+        # Coarse levels get a weaker penalty: with the same one on all levels, large displacements stay too short.
         self._smoothness = config.smoothness * (prod(shape) / prod(fixed.shape[2:])) ** (2 / len(shape))
         atlas, level_fixed, mask = (downsample(v, shape) for v in (atlas, fixed, mask))
         similarity = SIMILARITIES[config.similarity]
@@ -123,7 +123,7 @@ class _Level:
 
     @torch.no_grad()
     def is_better(self, first: Tensor, second: Tensor) -> Tensor:
-        """For each pair, whether the first field has the lower loss and a flow that does not fold, (B,)."""
+        """For each pair, whether the first field has the lower loss and a flow without folds, (B,)."""
         return (self.loss(first) < self.loss(second)) & (folding(self._displacement(first)) == 0)
 
     def _displacement(self, velocity: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class _Level:
 
 
 class _Descent:
-    """Velocity fields on their way down a level's objective, by Adam.
+    """Minimises a level's objective over velocity fields with Adam.
 
     Args:
         level: The objective.
@@ -154,7 +154,7 @@ class _Descent:
             self._optimizer.step()
 
     def adopt(self, other: _Descent, chosen: Tensor) -> None:
-        """Goes on from where another descent of as many steps is, for the pairs that are ``chosen`` (B,)."""
+        """Takes over the state of another descent after as many steps, for the ``chosen`` (B,) pairs."""
         mine, others = self._optimizer.state[self._parameter], other._optimizer.state[other._parameter]
         self._parameter.data[chosen] = other.velocity[chosen]
         for name in ("exp_avg", "exp_avg_sq"):

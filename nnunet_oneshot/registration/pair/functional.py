@@ -4,7 +4,7 @@ Vocabulary:
     voxel coordinates: float index coordinates in array axis order; the centre of the first voxel is 0.
     displacement: (B, D, *grid), in voxels of a named grid, array axis order; a location p is read at p + u(p).
     velocity: a stationary velocity field of the same layout; exp(v) is its flow at time 1.
-    warp: pull-back; the output at p is the input at phi(p).
+    warp: pull-back; the output at p is the input at phi(p), with phi the map of the displacement.
 
 D is the number of spatial axes, 2 or 3.
 """
@@ -67,16 +67,16 @@ def transform_points(affine: Tensor, points: Tensor) -> Tensor:
 
 
 def resize(field: Tensor, shape: Sequence[int]) -> Tensor:
-    """Linear resize of (B, C, *grid) to (B, C, *shape) with both grids covering the same field of view; values stay."""
+    """Linear resize of (B, C, *grid) to (B, C, *shape) over the same field of view; values are not rescaled."""
     if tuple(field.shape[2:]) == tuple(shape):
         return field
     return F.interpolate(field, size=tuple(shape), mode=_LINEAR[field.ndim - 2], align_corners=False)
 
 
 def downsample(image: Tensor, shape: Sequence[int]) -> Tensor:
-    """Area average of (B, C, *grid) onto (B, C, *shape): each voxel is the mean of what it covers, to parts of voxels.
+    """Area average of (B, C, *grid) onto (B, C, *shape): each voxel is the mean of the area it covers.
 
-    Adaptive pooling would round the borders of a voxel to whole voxels where sizes do not divide.
+    Partly covered voxels count by their share; where sizes do not divide, adaptive pooling would round to whole voxels.
     """
     if all(size % target == 0 for size, target in zip(image.shape[2:], shape, strict=True)):
         if image.ndim == 4:
@@ -91,7 +91,7 @@ def downsample(image: Tensor, shape: Sequence[int]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _area_weights(size: int, target: int) -> Tensor:
-    """(size, target), the share of each coarse cell that each fine one fills; columns sum to 1."""
+    """(size, target), the share of each coarse cell that each fine cell fills; columns sum to 1."""
     edges = torch.arange(target + 1, dtype=torch.float64) * (size / target)
     lower = torch.arange(size, dtype=torch.float64)[:, None]
     overlap = torch.minimum(edges[1:], lower + 1) - torch.maximum(edges[:-1], lower)
@@ -99,8 +99,8 @@ def _area_weights(size: int, target: int) -> Tensor:
 
 
 def scale_vectors(field: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
-    """Vectors (B, D, *any) in voxels of a grid of shape ``source``, in voxels of a grid of shape ``target`` over the
-    same field of view."""
+    """Converts vectors (B, D, *any) from voxels of a grid of shape ``source`` to voxels of a grid of shape ``target``
+    over the same field of view."""
     factors = [t / s for s, t in zip(source, target, strict=True)]
     return field * torch.tensor(factors, dtype=field.dtype, device=field.device).view(1, -1, *[1] * (field.ndim - 2))
 
@@ -128,11 +128,11 @@ def integrate_velocity(velocity: Tensor, *, steps: int = 5) -> Tensor:
 
 
 def integrate_on(velocity: Tensor, shape: Sequence[int], *, steps: int = 5) -> Tensor:
-    """Displacement of exp(velocity) where the velocity lies on a coarser grid over the same field of view.
+    """Displacement of exp(velocity) for a velocity on a coarser grid over the same field of view.
 
     Args:
         velocity: (B, D, *coarse), voxels of the grid of shape ``shape``.
-        shape: The grid whose voxels are the unit, and on which the displacement is wanted.
+        shape: Grid of the returned displacement, whose voxels are also the unit of ``velocity``.
         steps: Number of squarings.
 
     Returns:
@@ -144,7 +144,7 @@ def integrate_on(velocity: Tensor, shape: Sequence[int], *, steps: int = 5) -> T
 
 
 def inverse_residual(velocity: Tensor, *, steps: int = 7) -> tuple[Tensor, Tensor]:
-    """How far exp(-v) o exp(v) is from the identity, which it is for an exact integration of a resolved field.
+    """Deviation of exp(-v) o exp(v) from the identity; 0 if a resolved field is integrated exactly.
 
     Args:
         velocity: (B, D, *grid), voxels of the grid.
@@ -152,7 +152,7 @@ def inverse_residual(velocity: Tensor, *, steps: int = 7) -> tuple[Tensor, Tenso
 
     Returns:
         Displacement of the composition (B, D, *grid), voxels, and a mask (B, *grid) that is 1 where exp(v) stays within
-        the grid: beyond it the field is not known, and the residual means nothing.
+        the grid: outside it the field is unknown, and the residual is meaningless.
     """
     forward, backward = integrate_velocity(velocity, steps=steps), integrate_velocity(-velocity, steps=steps)
     reached = identity_grid(velocity.shape[2:], device=velocity.device)[None] + forward
@@ -178,7 +178,7 @@ def jacobian_determinant(displacement: Tensor) -> Tensor:
     """
     dim = displacement.shape[1]
     columns = torch.gradient(displacement.float(), dim=tuple(range(2, 2 + dim)))
-    # j[i][k] is d (p + u)_i / d p_k. Cofactors cost a tenth of a matrix decomposition for every voxel.
+    # j[i][k] is d (p + u)_i / d p_k. Cofactors take a tenth of the time of a matrix decomposition per voxel.
     j = [[columns[k][:, i] + float(i == k) for k in range(dim)] for i in range(dim)]
     if dim == 2:
         return j[0][0] * j[1][1] - j[0][1] * j[1][0]
@@ -194,14 +194,14 @@ def folding(displacement: Tensor) -> Tensor:
 
 
 def without_folds(velocity: Tensor, shape: Sequence[int], *, steps: int = 7, rounds: int = 20) -> Tensor:
-    """Velocity fields smoothed where their flows fold, and nowhere else, until they do not, or for ``rounds`` times.
+    """Smooths velocity fields only where their flows fold, until no fold is left, at most ``rounds`` times.
 
-    The flow of a velocity field does not fold, but its approximation on a grid does where the field changes too much
-    from one place to the next.
+    The exact flow of a velocity field does not fold, but its approximation on a grid does where the field varies too
+    strongly between neighbouring voxels.
 
     Args:
         velocity: (B, D, *coarse), voxels of the grid of shape ``shape``.
-        shape: The grid on which folds are looked for.
+        shape: The grid on which folds are detected.
         steps: Number of squarings.
         rounds: Largest number of smoothings.
 
@@ -212,20 +212,20 @@ def without_folds(velocity: Tensor, shape: Sequence[int], *, steps: int = 7, rou
         folds = (jacobian_determinant(integrate_on(velocity, shape, steps=steps)) <= 0)[:, None].to(velocity.dtype)
         if not folds.any():
             break
-        # The velocity at a place takes part in the flow around it, and a place counts whatever the share of its folds.
+        # The velocity at a voxel also affects the flow around it, and any share of folds in a coarse voxel counts.
         around = (box_mean(downsample(folds, velocity.shape[2:]), 5) > 0).to(velocity.dtype)
         velocity = torch.lerp(velocity, box_mean(velocity, 3), box_mean(around, 3))
     return velocity
 
 
 def box_mean(image: Tensor, window: int) -> Tensor:
-    """Mean over a cube of ``window`` voxels (odd) around every place of (B, C, *grid); border voxels are repeated."""
+    """Mean over a cube of ``window`` voxels (odd) around each voxel of (B, C, *grid); border voxels are repeated."""
     dim = image.ndim - 2
     return _BoxSum.apply(F.pad(image, [window // 2] * 2 * dim, "replicate"), window) / window**dim
 
 
 class _BoxSum(torch.autograd.Function):
-    """Sums over cubes that lie within (B, C, *grid), whose gradient is such a sum again."""
+    """Sums over cubes that lie within (B, C, *grid); the gradient is again such a sum."""
 
     @staticmethod
     def forward(ctx, image: Tensor, window: int) -> Tensor:
@@ -242,13 +242,13 @@ class _BoxSum(torch.autograd.Function):
 def _box_sum(image: Tensor, window: int) -> Tensor:
     for axis in range(2, image.ndim):
         length = image.shape[axis] - window + 1
-        # Shifted sums cost a fraction of a convolution.
+        # Adding shifted copies is several times cheaper than a convolution.
         image = sum((image.narrow(axis, k, length) for k in range(1, window)), start=image.narrow(axis, 0, length))
     return image
 
 
 def local_moments(image: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of (B, C, *grid) in a cube of ``window`` voxels (odd) around every place, each of its shape."""
+    """Mean and variance, each (B, C, *grid), of an image in a cube of ``window`` voxels (odd) around each voxel."""
     mean, square = box_mean(torch.cat([image, image * image], dim=1), window).chunk(2, dim=1)
     return mean, (square - mean * mean).clamp_min(0)
 
@@ -256,13 +256,13 @@ def local_moments(image: Tensor, window: int) -> tuple[Tensor, Tensor]:
 def squared_local_correlation(
     first: Tensor, second: Tensor, window: int, *, moments: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Squared normalised cross-correlation in a cube around every place (Avants et al., MedIA 2008).
+    """Squared normalised cross-correlation in a cube around each voxel (Avants et al., MedIA 2008).
 
     Args:
         first: (B, C, *grid) float32; gradients flow through it.
         second: (B, C, *grid) float32.
         window: Edge of the cube, odd, voxels.
-        moments: `local_moments` of ``second``, where they are known already.
+        moments: `local_moments` of ``second``, if already computed.
 
     Returns:
         (B, C, *grid) from 0 to 1; 0 where either is constant.
@@ -276,13 +276,13 @@ def squared_local_correlation(
 
 
 def correlation_window(kernel: int, shape: Sequence[int]) -> int:
-    """Edge of the window of local correlation on a grid: odd, at least 3, otherwise no longer than any axis."""
+    """Edge of the local correlation window on a grid: odd, no longer than any axis, but at least 3."""
     window = min([kernel, *shape])
     return max(window - 1 + window % 2, 3)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of each sample of (B, C, *grid), (B,), over the places where a mask (B, 1, *grid) is 1; None is all."""
+    """Mean of each sample of (B, C, *grid), (B,), over voxels where the mask (B, 1, *grid) is 1; None is all voxels."""
     if mask is None:
         return values.flatten(1).mean(1)
     weights = mask.float().expand_as(values)
@@ -290,14 +290,14 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def diffusion_energy(velocity: Tensor, spacing: Sequence[float]) -> Tensor:
-    """Mean squared first derivative of a field in physical units, so that anisotropic voxels are treated alike.
+    """Mean squared first derivative of a field in physical units, so that all axes of anisotropic voxels count equally.
 
     Args:
         velocity: (B, D, *grid), voxels of the grid; every axis has at least 2 voxels.
         spacing: D voxel edges of the grid, mm.
 
     Returns:
-        (B,): mean over places of the sum over components i and axes j of (d v_i [mm] / d x_j [mm])^2.
+        (B,): mean over voxels of the sum over components i and axes j of (d v_i [mm] / d x_j [mm])^2.
     """
     dim = velocity.shape[1]
     edges = torch.tensor(list(spacing), dtype=velocity.dtype, device=velocity.device).view(1, dim, *[1] * dim)

@@ -1,4 +1,4 @@
-"""The grid on which an atlas is compared with the cases, and images brought onto it."""
+"""The grid on which an atlas is compared with the cases, and the resampling of images to it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from nnunet_oneshot.intensities import standardised
 from nnunet_oneshot.registration.pair.functional import downsample, identity_grid, sample_at, transform_points
 
-# An axis is not thinned out below this.
+# Axes are not downsampled below this many voxels.
 _MINIMUM_EDGE = 16
-# Voxels of the atlas whose coordinates are held at a time.
+# Voxels of the atlas whose coordinates are in memory at a time.
 _SLAB_VOXELS = 2**21
 
 
@@ -35,7 +35,7 @@ class RegistrationGrid:
 
     @classmethod
     def over(cls, atlas_shape: Sequence[int], spacing: Sequence[float], max_voxels: int) -> RegistrationGrid:
-        """The atlas's own grid, or a coarser one of at most about ``max_voxels``; fine axes are thinned out first."""
+        """The atlas's own grid, or one coarsened to at most about ``max_voxels``, starting with the finest axes."""
         shape, edges = [int(n) for n in atlas_shape], [float(s) for s in spacing]
         full = list(zip(shape, edges, strict=True))
         edge = min(edges)
@@ -53,7 +53,7 @@ class RegistrationGrid:
         return downsample(_as_tensor(atlas), self.shape)
 
     def fixed_image(self, case: np.ndarray, affine: np.ndarray) -> tuple[Tensor, Tensor]:
-        """A case brought onto this grid by the affine registration.
+        """Resamples a case to this grid by the affine registration.
 
         Args:
             case: (C, *case_shape).
@@ -72,7 +72,7 @@ class RegistrationGrid:
         return downsample(image, self.shape), (downsample(inside, self.shape) > 0.5).float()
 
     def fixed_maps(self, maps: np.ndarray, affine: np.ndarray, shape: Sequence[int]) -> Tensor:
-        """Maps of a case, such as label probabilities, brought onto a coarser grid over the same field of view.
+        """Resamples maps of a case, such as label probabilities, to a coarser grid over the same field of view.
 
         Args:
             maps: (K, *case_shape).
@@ -83,7 +83,7 @@ class RegistrationGrid:
             (1, K, *shape), averages over the voxels of that grid.
         """
         result = []
-        # Not all at once: there may be many labels, and the atlas's grid may be large.
+        # In parts, to limit memory: there may be many labels, and the atlas's grid may be large.
         together = max(1, _SLAB_VOXELS // math.prod(self.atlas_shape))
         for start in range(0, len(maps), together):
             source = torch.from_numpy(np.ascontiguousarray(maps[start : start + together], np.float32))[None]
@@ -94,7 +94,7 @@ class RegistrationGrid:
         return torch.cat(result, dim=1)
 
     def _places(self, affine: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-        """Where the voxels of the atlas lie in a case, slab by slab along the first axis, as memory is bounded.
+        """Where the voxels of the atlas lie in a case, in slabs along the first axis to limit memory.
 
         Args:
             affine: (D + 1, D + 1), case voxel coordinates -> atlas voxel coordinates.
@@ -112,5 +112,5 @@ class RegistrationGrid:
 
 
 def _as_tensor(image: np.ndarray) -> Tensor:
-    """(C, *shape) on one scale of intensities, as (1, C, *shape) float32."""
+    """A standardised image (C, *shape) as (1, C, *shape) float32."""
     return torch.from_numpy(standardised(image))[None]

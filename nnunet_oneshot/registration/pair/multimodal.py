@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Components of the descriptor in 3D. Squared differences are summed over them (in 2D: as many times their mean), which
-# puts the term on the scale of the local correlation.
+# Components of the descriptor in 3D. Squared differences are summed over them (in 2D: 12 times their mean), so that the
+# term has the scale of the local correlation.
 _COMPONENTS = 12
 _BINS = 32
-# Standard deviations beyond which intensities share the outermost bins of a histogram.
+# Intensities beyond this many standard deviations fall into the outermost bins of a histogram.
 _TAIL = 3.0
 
 
 def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
     """Self-similarity context (MIND-SSC; Heinrich et al., MICCAI 2013), scaled for `similarity_loss`.
 
-    Each component is exp(-d / v): d compares the patches around two neighbours of a place, neighbours along different
-    axes; v is the mean of d over the components. Contrast inversion and scaling do not change it.
+    Each component is exp(-d / v). Here d compares the patches around two neighbours of a voxel along different axes,
+    and v is the mean of d over the components. The descriptor is invariant to contrast inversion and scaling.
 
     Args:
         image: (B, C, *grid) with 2 or 3 spatial axes.
-        radius: Patches have an edge of ``2 * radius + 1`` voxels.
-        dilation: Distance of the neighbours, voxels.
+        radius: Half width of the patches; their edge is ``2 * radius + 1`` voxels.
+        dilation: Distance to the neighbours, voxels.
 
     Returns:
-        (B, C * K, *grid) float32, K = 12 in 3D and 4 in 2D; from 0 to the square root of 12, so that the mean squared
-        difference of two of these is 12 times that of the descriptors.
+        (B, C * K, *grid) float32, K = 12 in 3D and 4 in 2D. Values lie between 0 and the square root of 12, so that
+        the mean squared difference of two results is 12 times that of the descriptors.
     """
     image = image.float()
     batch, channels, *grid = image.shape
@@ -60,16 +60,16 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
 def mutual_information(first: Tensor, second: Tensor, mask: Tensor | None = None) -> Tensor:
     """Normalised mutual information, (H(first) + H(second)) / H(first, second) - 1 (Studholme et al., 1999).
 
-    Joint histograms of 32 x 32 bins, each image pair and channel its own, with linear (triangular) windows, so that
+    Each image pair and channel has its own joint histogram of 32 x 32 bins, with linear (triangular) windows so that
     gradients flow to the intensities.
 
     Args:
         first: (B, C, *grid).
         second: (B, C, *grid).
-        mask: (B, 1, *grid) weights of the places.
+        mask: (B, 1, *grid) weights of the voxels.
 
     Returns:
-        (B, C), from 0 (independent, or constant) to 1 (one image tells the other).
+        (B, C), from 0 (independent, or constant) to 1 (one image determines the other).
     """
     batch, channels = first.shape[:2]
     lower_1, share_1 = _bins(first)
@@ -88,7 +88,7 @@ def mutual_information(first: Tensor, second: Tensor, mask: Tensor | None = None
 
 
 def _bins(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower bin and share of the upper bin of every voxel, (B * C, voxels) each."""
+    """Lower bin and weight of the upper bin of each voxel, (B * C, voxels) each."""
     flat = image.float().flatten(2).flatten(0, 1)
     values = flat.detach()
     mean, spread = values.mean(1, keepdim=True), _TAIL * values.std(1, keepdim=True)

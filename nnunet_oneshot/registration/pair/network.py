@@ -27,13 +27,14 @@ from nnunet_oneshot.unet import as_unet
 class RegistrationNetwork(nn.Module):
     """Maps an atlas and a case on one grid to a stationary velocity field.
 
-    Both images pass through the same encoder; at every scale their features are joined by a 1x1 convolution, and the
-    plan's decoder turns them into one output a spatial axis. The last layer starts near zero, so that training starts
-    near the identity. Unlike the paper's plain displacement, the output is a velocity field, whose flow does not fold.
+    Both images pass through the same encoder. A 1x1 convolution joins their features at each scale, and the plan's
+    decoder turns them into one output per spatial axis. The last layer starts near zero, so that training starts near
+    the identity. The paper predicts a plain displacement; this network predicts a velocity field, whose flow does not
+    fold.
 
     Args:
-        unet: U-Net of dynamic-network-architectures with the channels of one image as input, one output a spatial axis
-            and no deep supervision.
+        unet: U-Net of dynamic-network-architectures with the channels of one image as input, one output per spatial
+            axis and no deep supervision.
         dim: Number of spatial axes, 2 or 3.
     """
 
@@ -52,10 +53,10 @@ class RegistrationNetwork(nn.Module):
             self.divisor = [d * s for d, s in zip(self.divisor, strides, strict=True)]
 
     def forward(self, atlas: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Velocity of each pair, and the features the contrastive term compares.
+        """Velocity of each pair, and the features for the contrastive term.
 
         Args:
-            atlas: (B, C, *grid), any shape; padded inside to what the U-Net divides.
+            atlas: (B, C, *grid), any shape; padded internally to a shape that the U-Net can divide.
             fixed: (B, C, *grid).
 
         Returns:
@@ -76,12 +77,12 @@ class RegistrationNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """What a registration network is trained on.
+    """The training pairs of a registration network.
 
     Attributes:
         atlases: (1, C, *grid) of each atlas.
         spacings: Voxel edges of each atlas's grid, mm.
-        atlas_of: Atlas index of each pair; the pairs of a step share their atlas, and so their grid.
+        atlas_of: Atlas index of each pair; all pairs of a step share one atlas and thus one grid.
         load: Pair index -> (fixed (1, C, *grid), mask (1, 1, *grid)).
     """
 
@@ -106,10 +107,10 @@ def fit_network(
         network: On ``device``.
         training: The pairs.
         config: Weights, iterations, batch size.
-        seed: Order of the pairs.
-        device: Where the network is.
-        precision: Whether convolutions may run in bfloat16 on a processor, see `nnunet_oneshot.precision`; velocities
-            are integrated, and losses computed, in float32.
+        seed: Seed for the order of the pairs.
+        device: Device of the network.
+        precision: Whether convolutions may run in bfloat16 on a CPU, see `nnunet_oneshot.precision`; integration and
+            losses use float32.
 
     Returns:
         The loss of each iteration.
@@ -126,7 +127,7 @@ def fit_network(
         batch = [training.load(pairs[i]) for i in order.tolist()]
         fixed, mask = (torch.cat([pair[k] for pair in batch]).to(device) for k in (0, 1))
         atlas = training.atlases[index].to(device).expand(len(batch), -1, *fixed.shape[2:])
-        # On CUDA the half precision of training needs its gradients scaled, which this plain loop does not do.
+        # CPU only: half precision on CUDA needs gradient scaling, which this simple loop does not do.
         with processor_autocast(device, precision):
             velocity, atlas_features, case_features = network(atlas, fixed)
         velocity = velocity.float()

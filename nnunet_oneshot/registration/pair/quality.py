@@ -1,4 +1,4 @@
-"""Which registrations to trust, judged without labels."""
+"""Estimates without labels which registrations to trust."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 
 from nnunet_oneshot.registration.pair.registration import Registration
 
-# Robust standard deviations below the median at which a pair counts as failed.
+# A pair counts as failed if it lies this many robust standard deviations below the median.
 _OUTLIER = 3.5
 
 
 def telling_similarity(quality: Mapping[str, Any]) -> float:
-    """The similarity after registration that says most about propagated labels: around them, where that is known."""
+    """The similarity after registration that best predicts label quality: around the labels, if available."""
     return quality.get("similarity_at_labels", quality["similarity_after"])
 
 
 def outlier_scores(registrations: Sequence[Registration]) -> np.ndarray:
-    """How far each pair's `telling_similarity` lies from the median of its atlas's pairs.
+    """Robust z-score of each pair's `telling_similarity` among the pairs of its atlas.
 
     Args:
         registrations: Pairs of any number of atlases.
@@ -40,7 +40,7 @@ def outlier_scores(registrations: Sequence[Registration]) -> np.ndarray:
 
 
 def draw_weights(registrations: Sequence[Registration]) -> np.ndarray:
-    """Weight of each pair in sampling and in the hint: 1, or 0 for outliers; 1 for all where all would be 0.
+    """Weight of each pair in sampling and in the hint: 1, or 0 for outliers; if all are outliers, 1 for all.
 
     Returns:
         (N,) float64.

@@ -1,4 +1,4 @@
-"""Registers one atlas to cases given as arrays: affine, then velocity fields, with quality figures."""
+"""Registers one atlas to cases given as arrays: affine map, velocity field and quality figures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
 
 _QUALITY_STEPS = 7
-# Voxels around the labels within which it matters whether the images agree.
+# Margin around the labels within which similarity is also measured, voxels.
 _AROUND_LABELS = 3
 
 
@@ -46,7 +46,7 @@ class Aligned:
         affine: (D + 1, D + 1), case voxel -> atlas voxel.
         fixed: (1, C, *grid).
         mask: (1, 1, *grid).
-        start: Which start the affine came from; ``"identity"`` means that nothing was optimised.
+        start: Start that led to the affine map; ``"identity"`` means that no optimised map was used.
         seconds: Time of the affine stage.
     """
 
@@ -68,7 +68,7 @@ class AtlasRegistrar:
         spacing: 3 voxel edges, mm.
         config: Settings.
         device: Where the deformable stage runs.
-        foreground: (1, X, Y, Z) bool, where the atlas has labels, or None: then quality is judged everywhere alike.
+        foreground: (1, X, Y, Z) bool, where the atlas has labels; None measures similarity on the whole image only.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class AtlasRegistrar:
         Args:
             case: (C, U, V, W).
             spacing: 3 voxel edges of the case, mm.
-            initial: (4, 4) rigid map case voxel -> atlas voxel to start from, such as that of the files' headers; None:
-                the axes of both volumes point alike, and their centres are laid on each other.
-            known: An earlier registration of this pair, whose affine map is taken as it is.
+            initial: (4, 4) rigid map case voxel -> atlas voxel to start from, for example from the file headers; None:
+                the axes of both volumes point the same way, and their centres are aligned.
+            known: An earlier registration of this pair, whose affine map is reused.
         """
         started = time.perf_counter()
         image, edges = self._squeeze(case), self._axes(spacing)
@@ -144,10 +144,10 @@ class AtlasRegistrar:
         """Labels that guide the deformable stage of a batch of aligned cases.
 
         Args:
-            atlas_maps: (K + 1, X, Y, Z) masks of the atlas's labels, and last of the places that are not ignored.
+            atlas_maps: (K + 1, X, Y, Z) masks of the atlas's labels, then of the voxels that are not ignored.
             probabilities: (K, U, V, W) of each case.
             aligned: Results of `align`, in the same order.
-            trust: How far each label is followed at most, (K,), 0 to 1; None is all the way.
+            trust: Upper limit of each label's weight, (K,), 0 to 1; None is 1 for all.
         """
         shape = guide_shape(self.grid.shape)
         maps = self.grid.fixed_maps(self._squeeze(atlas_maps), np.eye(len(shape) + 1), shape)
@@ -173,12 +173,12 @@ class AtlasRegistrar:
             aligned: Results of `align`.
             cases: Names.
             shapes: (U, V, W) of each case.
-            predict: (atlas, fixed) -> velocity (B, D, *velocity grid) of a trained network; it is the result with
-                method ``"network"`` and the start of the optimisation with ``"network+refine"``.
-            guide: Result of `guide`, or None: images alone decide.
+            predict: (atlas, fixed) -> velocity (B, D, *velocity grid) of a trained network. Method ``"network"`` uses
+                it as the result; ``"network+refine"`` starts the optimisation from it.
+            guide: Result of `guide`; None uses images alone.
 
         Returns:
-            One registration a case, with its quality figures.
+            One registration per case, with its quality figures.
         """
         started = time.perf_counter()
         fixed = torch.cat([a.fixed for a in aligned]).to(self.device)
@@ -277,7 +277,7 @@ class AtlasRegistrar:
 
 
 def _around(foreground: Tensor) -> Tensor:
-    """Mask (B, 1, *grid) of places up to `_AROUND_LABELS` voxels, along every axis, from a foreground above a half."""
+    """Mask (B, 1, *grid) of voxels within `_AROUND_LABELS` voxels, along every axis, of foreground above 0.5."""
     pool = F.max_pool2d if foreground.ndim == 4 else F.max_pool3d
     grown = pool(foreground, 2 * _AROUND_LABELS + 1, stride=1, padding=_AROUND_LABELS)
     return (grown > 0.5).to(foreground.dtype)
@@ -306,8 +306,8 @@ def register_arrays(
         guide: Maps of the atlas (K + 1, X, Y, Z) and of the case (K, U, V, W), see `AtlasRegistrar.guide`.
         config: Settings; None for the defaults.
         device: Where the deformable stage runs.
-        atlas_labels: (1, X, Y, Z) label map of the atlas, by which quality is judged around the labels too. It does not
-            change the registration.
+        atlas_labels: (1, X, Y, Z) label map of the atlas; adds the similarity around the labels to the quality
+            figures. It does not change the registration.
 
     Returns:
         The registration; `nnunet_oneshot.registration.pair.warp` applies it.

@@ -15,8 +15,8 @@ class Registration:
         atlas: Name of the labelled case.
         case: Name of the unlabelled case.
         affine: (4, 4) float64, case voxel coordinates -> atlas voxel coordinates, array axis order.
-        velocity: (3, gx, gy, gz) float32, atlas voxels, on a grid over the atlas's field of view. The components and
-            the grid of an axis along which the atlas has one voxel are 0 and 1.
+        velocity: (3, gx, gy, gz) float32, atlas voxels, on a grid over the atlas's field of view. Along an axis
+            where the atlas has one voxel, the component is 0 and the grid has one voxel.
         atlas_shape: Voxels of the preprocessed atlas.
         case_shape: Voxels of the preprocessed case.
         quality: Figures such as ``similarity_before``, ``similarity_after``, ``folding``, ``seconds``.

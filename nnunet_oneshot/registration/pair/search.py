@@ -1,8 +1,9 @@
-"""Discrete search for displacements too large for gradients: where the optimisation of a velocity field may start.
+"""Discrete search for large displacements that gradient descent misses: a start for the velocity field.
 
 Coupled convex optimisation (Heinrich et al., MICCAI 2014; ConvexAdam, Siebert et al., 2024) on a coarse grid of nodes:
-every node of one image is compared with the nodes around its place in the other by self-similarity descriptors, and
-choosing the best offset alternates with smoothing the field of choices, under a coupling of the two that grows.
+self-similarity descriptors compare each node of one image with the nodes around the same position in the other. The
+search alternates between choosing the best offset of each node and smoothing the field of offsets; the coupling of the
+two grows.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from nnunet_oneshot.registration.pair.functional import (
 )
 from nnunet_oneshot.registration.pair.multimodal import mind_ssc
 
-# Nodes along an edge of the field of view (the geometric mean of the edges), and the offsets to each side: together
-# they bound the table of costs to about 4,100 x 2,197 numbers a pair.
+# Nodes along an edge of the field of view (geometric mean of the edges), and offsets to each side. Together they limit
+# the cost table to about 4,100 x 2,197 numbers per pair.
 _NODES = 16
 _LARGEST_RADIUS = 6
-# Nodes are no closer than this many voxels.
+# Smallest distance between nodes, voxels.
 _NODE_EDGE = 4.0
-# Nodes that gradients bridge on their own.
+# Displacement that gradient descent finds on its own, nodes.
 _REACH_OF_GRADIENTS = 2
 _WINDOW = 3
 _COUPLINGS = (0.00075, 0.0025, 0.0075, 0.025, 0.075, 0.25)
@@ -52,15 +53,15 @@ def search_grid(
         reach: Largest displacement along an axis, as a share of the edge of the field of view (the geometric mean).
 
     Returns:
-        D numbers of nodes, about as far apart along all axes in mm, and D numbers of offsets to each side; None where
-        the grid is so small that gradients reach as far.
+        D numbers of nodes, with about equal distances in mm along all axes, and D numbers of offsets to each side; None
+        if the grid is so small that gradient descent reaches as far.
     """
     dim = len(shape)
     extents = [n * s for n, s in zip(shape, spacing, strict=True)]
     edge = prod(extents) ** (1 / dim)
     step = max(edge / _NODES, edge * reach / _LARGEST_RADIUS, _NODE_EDGE * prod(spacing) ** (1 / dim))
     nodes = tuple(max(1, min(n, round(e / step))) for n, e in zip(shape, extents, strict=True))
-    # Beyond half of an axis few nodes have a partner.
+    # For offsets beyond half of an axis, few nodes have a partner.
     radii = tuple(min(round(reach * edge * n / e), (n - 1) // 2) for n, e in zip(nodes, extents, strict=True))
     return None if max(radii) <= _REACH_OF_GRADIENTS else (nodes, radii)
 
@@ -68,17 +69,17 @@ def search_grid(
 def searched_velocity(
     atlas: Tensor, fixed: Tensor, mask: Tensor, *, spacing: Sequence[float], reach: float
 ) -> Tensor | None:
-    """A smooth velocity field whose flow is about the displacement that the search finds.
+    """A smooth velocity field whose flow approximates the displacement found by the search.
 
     Args:
         atlas: (1, C, *grid).
         fixed: (B, C, *grid).
-        mask: (B, 1, *grid), 1 where ``fixed`` was observed; places outside do not count.
+        mask: (B, 1, *grid), 1 where ``fixed`` was observed; other voxels do not count.
         spacing: D voxel edges of the grid, mm.
         reach: As in `search_grid`.
 
     Returns:
-        (B, D, *nodes), voxels of the grid; None where the grid is too small for a search.
+        (B, D, *nodes), voxels of the grid; None if the grid is too small for a search.
     """
     grid = tuple(fixed.shape[2:])
     plan = search_grid(grid, spacing, reach)
@@ -91,7 +92,7 @@ def searched_velocity(
     for image, observed in zip(fixed.split(1), mask.split(1), strict=True):
         fixed_features = node_features(image, observed, nodes)
         forward = coupled_search(matching_cost(fixed_features, atlas_features, radii), radii, edges)
-        # Where the fixed image was not observed, the atlas's nodes would take partners that are not theirs.
+        # Use the fixed image's mask: where it was not observed, the atlas's nodes would match wrong partners.
         alike = (atlas_features[0], fixed_features[1])
         backward = coupled_search(matching_cost(alike, fixed_features, radii), radii, edges)
         velocities.append(logarithm(consistent(forward, backward)))
@@ -99,7 +100,7 @@ def searched_velocity(
 
 
 def node_features(image: Tensor, mask: Tensor, nodes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Self-similarity descriptors of the places that each node stands for.
+    """Mean self-similarity descriptors of the voxels in each node.
 
     Args:
         image: (1, C, *grid).
@@ -107,7 +108,7 @@ def node_features(image: Tensor, mask: Tensor, nodes: Sequence[int]) -> tuple[Te
         nodes: D numbers of nodes.
 
     Returns:
-        Mean descriptors (1, K, *nodes), and the share (1, 1, *nodes) of each node's places that were observed.
+        Mean descriptors (1, K, *nodes), and the share (1, 1, *nodes) of each node's voxels that were observed.
     """
     shape = [min(n, 2 * m) for n, m in zip(image.shape[2:], nodes, strict=True)]
     descriptors = mind_ssc(downsample(image, shape))
@@ -119,15 +120,15 @@ def node_features(image: Tensor, mask: Tensor, nodes: Sequence[int]) -> tuple[Te
 
 
 def matching_cost(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], radii: Sequence[int]) -> Tensor:
-    """How unlike each node of one image is to the nodes around its place in another.
+    """Dissimilarity of each node of one image to the nodes around the same position in another.
 
     Args:
         first: `node_features` of the image whose nodes are matched.
-        second: Those of the image in which partners are sought.
+        second: `node_features` of the image that is searched for partners.
         radii: D numbers of offsets to each side.
 
     Returns:
-        (L, *nodes): mean squared differences, averaged over a cube of three nodes, for the L offsets of `offsets`.
+        (L, *nodes): mean squared differences, averaged over a cube of 3 nodes per edge, for the L offsets of `offsets`.
         Partners that were not observed or lie outside cost what the node's other partners do in the mean.
     """
     (features, share), nodes = first, first[0].shape[2:]
@@ -150,15 +151,16 @@ def offsets(radii: Sequence[int], *, device: torch.device | str = "cpu") -> Tens
 
 
 def coupled_search(cost: Tensor, radii: Sequence[int], edges: Sequence[float]) -> Tensor:
-    """A smooth field of offsets of low cost.
+    """A smooth field of low-cost offsets.
 
-    In turn the field is smoothed, and each node chooses the offset of the least cost plus coupling times the squared
-    distance to the smooth field, which is zero at first. Distances count in the mean distance of nodes.
+    Alternates two steps: each node chooses the offset that minimises its cost plus the coupling times the squared
+    distance to the smooth field, then the field of offsets is smoothed. The smooth field starts at zero. The unit of
+    distance is the mean distance of nodes.
 
     Args:
         cost: (L, *nodes), see `matching_cost`.
         radii: D numbers of offsets to each side.
-        edges: D distances of nodes, mm.
+        edges: D distances between nodes, mm.
 
     Returns:
         Displacement (1, D, *nodes), nodes.
@@ -171,14 +173,14 @@ def coupled_search(cost: Tensor, radii: Sequence[int], edges: Sequence[float]) -
     field = cost.new_zeros((1, len(radii), *nodes))
     for coupling in _COUPLINGS:
         smooth = field[0].flatten(1).T * unit
-        # The square of the smooth field is the same for all offsets.
+        # Omits the square of the smooth field, which is the same for all offsets.
         total = torch.addmm(table + coupling * scaled.square().sum(1), smooth, scaled.T, alpha=-2 * coupling)
         field = box_mean(vectors[total.argmin(1)].T.reshape(field.shape), _WINDOW)
     return field
 
 
 def consistent(forward: Tensor, backward: Tensor) -> Tensor:
-    """The forward displacement after both were drawn towards being each other's inverse, all (B, D, *nodes), nodes."""
+    """The forward displacement after making both closer to mutual inverses, all (B, D, *nodes), nodes."""
     for _ in range(_CONSISTENCY_ROUNDS):
         forward, backward = (
             (forward - warp(backward, forward)) / 2,
@@ -188,10 +190,11 @@ def consistent(forward: Tensor, backward: Tensor) -> Tensor:
 
 
 def logarithm(displacement: Tensor) -> Tensor:
-    """A velocity field whose flow is about a displacement, both (B, D, *grid) in voxels of the grid.
+    """A velocity field whose flow approximates a displacement, both (B, D, *grid) in voxels of the grid.
 
-    Adds, ten times, the smoothed displacement that is left after the inverse of the flow so far; the first term of the
-    Baker-Campbell-Hausdorff formula (Bossa et al., MICCAI 2007). Where the displacement folds, its flow does not.
+    Repeats ten times: composes the displacement with the inverse of the current flow, smooths the residual and adds it
+    to the velocity. This is the first term of the Baker-Campbell-Hausdorff formula (Bossa et al., MICCAI 2007). The
+    flow does not fold even where the displacement does.
     """
     velocity = torch.zeros_like(displacement)
     for _ in range(_LOGARITHM_ROUNDS):

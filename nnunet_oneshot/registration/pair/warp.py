@@ -1,4 +1,4 @@
-"""Carries an atlas's image and labels to a case's grid, resampling them once."""
+"""Warps an atlas's image and labels to a case's grid with a single resampling."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from nnunet_oneshot.registration.pair.functional import (
 )
 from nnunet_oneshot.registration.pair.registration import Registration
 
-# Voxels handled at a time, so that what is computed for the labels of large volumes stays small in memory.
+# Voxels processed at a time, to limit memory for the labels of large volumes.
 _CHUNK_VOXELS = 4_000_000
-# Indicators closer than this are equal but for rounding.
+# Indicators closer than this count as equal, because they differ by rounding only.
 _TIE = 1e-5
 
 
 def displacement_of(velocity: Tensor, atlas_shape: Sequence[int], *, steps: int = 7) -> Tensor:
     """Displacement of exp(velocity) on the velocity's own grid, in atlas voxels.
 
-    Kept on the coarse grid: it is smooth, and reading it there costs a fraction of memory and time.
+    Stays on the coarse grid: the displacement is smooth, and sampling it there saves memory and time.
 
     Args:
         velocity: (3, gx, gy, gz), atlas voxels, over the atlas's field of view.
         atlas_shape: Voxels of the atlas.
-        steps: Squarings.
+        steps: Number of squarings.
 
     Returns:
         (3, gx, gy, gz).
@@ -59,7 +59,7 @@ def deform_points(points: Tensor, displacement: Tensor, atlas_shape: Sequence[in
 
 
 def atlas_coordinates(registration: Registration) -> Tensor:
-    """Where every voxel of the case is read in the atlas, (3, *case_shape), atlas voxel coordinates."""
+    """Location in the atlas of each voxel of the case, (3, *case_shape), atlas voxel coordinates."""
     affine = torch.from_numpy(registration.affine).float()
     displacement = displacement_of(torch.from_numpy(registration.velocity), registration.atlas_shape)
     points = transform_points(affine, identity_grid(registration.case_shape)[None])[0]
@@ -72,7 +72,7 @@ def warp_label_probabilities(registration: Registration, atlas_seg: np.ndarray, 
     Args:
         registration: The pair.
         atlas_seg: (1, X, Y, Z) label map of the atlas.
-        labels: Labels, with the background 0.
+        labels: Labels, including the background 0.
     """
     return sample_label_probabilities(atlas_seg, atlas_coordinates(registration), labels)
 
@@ -81,9 +81,9 @@ def sample_label_probabilities(seg: np.ndarray, coordinates: Tensor, labels: Seq
     """Linear interpolation of each label's indicator.
 
     Args:
-        seg: (1, X, Y, Z) label map; values that are not in ``labels`` count as none of them.
-        coordinates: (3, *out) with three axes, voxel coordinates of ``seg``; outside the nearest voxel counts.
-        labels: Labels, with the background 0.
+        seg: (1, X, Y, Z) label map; values that are not in ``labels`` belong to none of them.
+        coordinates: (3, *out) with three axes, voxel coordinates of ``seg``; outside, the nearest voxel counts.
+        labels: Labels, including the background 0.
 
     Returns:
         (len(labels), *out) float32.
@@ -120,14 +120,14 @@ def warp_atlas_to_case(
 
 
 def sample_labels(seg: Tensor, coordinates: Tensor) -> Tensor:
-    """Reads a label map at voxel coordinates: the label with the highest linearly interpolated indicator.
+    """Samples a label map at voxel coordinates: the label with the highest linearly interpolated indicator.
 
     Args:
         seg: (1, X, Y, Z) int16; a value such as -1 (outside the nonzero region) is a label like any other.
         coordinates: (3, *out), voxel coordinates of ``seg``; outside the volume the nearest voxel counts.
 
     Returns:
-        (1, *out) int16; of labels with equal indicators the smallest.
+        (1, *out) int16; the smallest label wins ties.
     """
     parts = [_heaviest_labels(seg, part) for part in coordinates.flatten(1).split(_CHUNK_VOXELS, dim=1)]
     return torch.cat(parts).view(1, *coordinates.shape[1:])
@@ -148,7 +148,7 @@ def _heaviest_labels(seg: Tensor, points: Tensor) -> Tensor:
     )
     labels = seg.flatten()[index]
     result = labels[0].clone()
-    # Most places lie between voxels of one label.
+    # Most points lie between voxels of a single label, which needs no interpolation.
     mixed = (labels != labels[0]).any(0).nonzero()[:, 0]
     labels = labels[:, mixed]
     weights = torch.stack([shares[x][0, mixed] * shares[y][1, mixed] * shares[z][2, mixed] for x, y, z in corners])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ from nnunet_oneshot.data.verify import check_images
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.inference import CHECKPOINT, load_predictor
-from nnunet_oneshot.io import load_json_checked, require_env, writing
+from nnunet_oneshot.io import load_json_checked, require_env, temporary_folder, writing
+from nnunet_oneshot.names import check_name
 
 STOCK_TRAINER = "nnUNetTrainer"
 _KEPT = ("inference_allowed_mirroring_axes", "current_epoch")
@@ -62,6 +62,9 @@ def export_model(
     Raises:
         OneShotError: There is no such trained model, the target exists, or the predictions differ.
     """
+    for value, what, option in ((trainer, "trainer", "-tr"), (plans_name, "name of the plans", "-p")):
+        check_name(value, what, option)
+    check_name(configuration, "configuration", "-c")
     (results,) = require_env("nnUNet_results")
     usable_device(device)
     name = dataset_name(dataset, results)
@@ -73,21 +76,15 @@ def export_model(
     target = out / stock_name if out.is_dir() and not as_zip else out
     if target.exists():
         raise OneShotError(f"{target} exists already and is not overwritten: give -o another path.")
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=".partial-export-", dir=target.parent))
-    try:
+    with writing(target), temporary_folder(target.parent, "export") as working:
         model = working / name / stock_name
-        with writing(target):
-            _write_model(source, model, folds=folds, configuration=configuration)
-            cases = _compare(source, model, folds=folds, images=images, device=device)
-            if as_zip:
-                _zip(working / name, working / "model.zip")
-                os.replace(working / "model.zip", target)
-            else:
-                os.replace(model, target)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+        _write_model(source, model, folds=folds, configuration=configuration)
+        cases = _compare(source, model, folds=folds, images=images, device=device)
+        if as_zip:
+            _zip(working / name, working / "model.zip")
+            os.replace(working / "model.zip", target)
+        else:
+            os.replace(model, target)
     log(f"Predictions of the exported and the original model agree on {cases}.")
     if as_zip:
         log(f"Wrote {target}. Install it with: nnUNetv2_install_pretrained_model_from_zip {target}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,7 +10,8 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
         The path to write to. It has the suffixes of ``target``, since many writers choose a format by them.
     """
     target = Path(target)
+    _clear_leftovers(target.parent)
     handle, name = tempfile.mkstemp(prefix=_prefix("partial"), suffix=f"-{target.name}", dir=target.parent)
     os.close(handle)
     temporary = Path(name)
@@ -42,21 +45,42 @@ def atomic_path(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def _prefix(kind: str) -> str:
-    """Beginning of a temporary name: its host and process, so that those that killed processes left are known."""
-    return f".{kind}-{socket.gethostname()}-{os.getpid()}-"
+    """Beginning of a temporary name: its machine and process, so that what killed processes left is known."""
+    return f".{kind}-{_machine()}-{os.getpid()}-"
 
 
-def _clear_leftovers(target: Path) -> None:
-    """Removes what killed processes of this host left beside a folder of this name; restores what one had put aside."""
-    pattern = re.compile(rf"\.(partial|previous)-{re.escape(socket.gethostname())}-(\d+)-\w+-{re.escape(target.name)}")
-    for path in sorted(target.parent.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if match is None or not path.is_dir() or _is_alive(int(match[2])):
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    """Where the number of a process means one process: a host, and in it a container."""
+    try:
+        container = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        container = ""
+    return hashlib.sha256(f"{socket.gethostname()} {container}".encode()).hexdigest()[:8]
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Removes what killed processes of this machine left in a folder; restores the folders that they had put aside."""
+    pattern = re.compile(rf"\.(partial|previous)-{_machine()}-(\d+)-[a-z0-9_]{{8}}-(.+)")
+    try:
+        with os.scandir(folder) as entries:
+            found = [match for entry in entries if (match := pattern.fullmatch(entry.name))]
+    except OSError:
+        # Whoever writes there tells it better.
+        return
+    for match in found:
+        kind, process, name = match.groups()
+        if _is_alive(int(process)):
             continue
-        if match[1] == "previous" and not target.exists():
-            os.replace(path, target)
+        left = folder / match[0]
+        if kind == "previous" and not (folder / name).exists():
+            with suppress(OSError):
+                os.replace(left, folder / name)
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                left.unlink()
 
 
 def _is_alive(process: int) -> bool:
@@ -67,7 +91,7 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:
+    except (OSError, OverflowError):
         return True
     return True
 
@@ -76,6 +100,27 @@ def is_occupied(path: str | os.PathLike) -> bool:
     """Whether a new folder at this path would stand in the way of something: a file, or a folder that holds any."""
     path = Path(path)
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+@contextmanager
+def temporary_folder(parent: str | os.PathLike, name: str) -> Iterator[Path]:
+    """An empty folder that is gone when the block ends; one that a killed process left is removed by the next.
+
+    Args:
+        parent: The folder in which it lies; made where it does not exist.
+        name: What it is for, the end of its own name.
+    """
+    parent = Path(parent)
+    parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(parent)
+    temporary = Path(tempfile.mkdtemp(prefix=_prefix("partial"), suffix=f"-{name}", dir=parent))
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o777 & ~mask)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -89,20 +134,17 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
         The folder to write to.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(target)
-    temporary = Path(tempfile.mkdtemp(prefix=_prefix("partial"), suffix=f"-{target.name}", dir=target.parent))
-    previous = temporary.with_name(temporary.name.replace("partial", "previous", 1))
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o777 & ~mask)
-    try:
+    with temporary_folder(target.parent, target.name) as temporary:
         yield temporary
+        previous = temporary.with_name(temporary.name.replace("partial", "previous", 1))
         if target.exists():
             os.replace(target, previous)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if previous.exists() and not target.exists():
+                os.replace(previous, target)
+            raise
         shutil.rmtree(previous, ignore_errors=True)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,25 +16,27 @@ from filelock import FileLock, Timeout
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import writing
 
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 # Locks that this process holds: it does not stand in its own way.
 _HELD: dict[Path, FileLock] = {}
 
 
-def take(path: str | os.PathLike) -> bool:
+def take(path: str | os.PathLike, *, again: bool = True) -> bool:
     """Takes a lock for this process; its end frees it, however it ends. Where a file system has no locks, it is free.
 
     Args:
         path: The lock's file; its folder must exist.
+        again: Whether one that this process holds already counts as free.
 
     Returns:
-        Whether it was free, or is held by this process already.
+        Whether it was free.
 
     Raises:
         OneShotError: The file cannot be written.
     """
     path = Path(path).absolute()
     if path in _HELD:
-        return True
+        return again
     lock = FileLock(path)
     with writing(path):
         try:
@@ -91,6 +97,12 @@ def take_or_refuse(path: str | os.PathLike, what: str) -> None:
         )
 
 
+def held_descriptors() -> tuple[int, ...]:
+    """The open files of all locks that this process holds: a command that is given them holds the locks too."""
+    descriptors = (getattr(lock._context, "lock_file_fd", None) for lock in _HELD.values())
+    return tuple(descriptor for descriptor in descriptors if descriptor is not None) if os.name == "posix" else ()
+
+
 def _forget_in_child() -> None:
     """A forked worker keeps no lock of its parent, which would outlive it."""
     for lock in _HELD.values():
@@ -100,6 +112,29 @@ def _forget_in_child() -> None:
                 os.close(descriptor)
             lock._context.lock_file_fd = None
     _HELD.clear()
+
+
+def ending_with_parent() -> Callable[[], None] | None:
+    """What a new child of this process calls to be ended with it, even where it is killed; None where nothing does."""
+    if sys.platform != "linux":
+        return None
+    # Loaded here, since a forked process should load nothing.
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask() -> None:
+        prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+@lru_cache(maxsize=1)
+def end_workers_with_this_process() -> None:
+    """From now on forked workers end when this process is killed; they would wait for it for ever."""
+    if ask := ending_with_parent():
+        own = os.getpid()
+        os.register_at_fork(after_in_child=lambda: ask() if os.getppid() == own else None)
 
 
 if hasattr(os, "register_at_fork"):

@@ -172,6 +172,28 @@ def test_what_does_not_exist_is_named(trained, tmp_path, monkeypatch, capsys, ch
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob(".partial*"))
 
 
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_not_run(trained, tmp_path, capsys):
+    path = trained / "fold_0" / "checkpoint_final.pth"
+    torch.save({**torch.load(path), "logging": Harmful(tmp_path / "ran")}, path)
+    assert export("-f", "0", out=tmp_path / "model") == 1
+    assert "checkpoint_final.pth holds more than numbers and weights" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("option", ["-tr", "-p", "-c"])
+def test_names_are_no_paths(trained, tmp_path, capsys, option):
+    assert export(option, f"../{trained.name}", out=tmp_path / "model") == 1
+    assert f"of {option} cannot be used as the name of a file" in capsys.readouterr().err
+
+
 def test_damaged_checkpoint_is_named_and_nothing_is_written(trained, tmp_path, capsys):
     path = trained / "fold_0" / "checkpoint_final.pth"
     path.write_bytes(path.read_bytes()[:1000])

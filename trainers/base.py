@@ -16,7 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_oneshot.checkpoints import loading_checkpoint, saving_checkpoint
+from nnunet_oneshot.checkpoints import load_data, loading_checkpoint, saving_checkpoint
 from nnunet_oneshot.config import BLOCK, OVERRIDES_VARIABLE, OneShotConfig, differences, settings_in_force
 from nnunet_oneshot.data.fingerprint import fingerprint_standing_in
 from nnunet_oneshot.data.prepared import PreparedDataset
@@ -24,7 +24,8 @@ from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
-from nnunet_oneshot.locks import free, take_or_refuse
+from nnunet_oneshot.locks import end_workers_with_this_process, free, take_or_refuse
+from nnunet_oneshot.names import check_name
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.synthesis.data_loader import wrap_workers
@@ -86,6 +87,7 @@ class OneShotTrainer(nnUNetTrainer):
     def on_train_start(self) -> None:
         # Two trainings in one folder would overwrite each other's checkpoints.
         take_or_refuse(join(self.output_folder, LOCK_FILE), "training")
+        end_workers_with_this_process()
         self._check_settings()
         # nnU-Net copies its fingerprint to the results, and stops where there is none.
         own = BLOCK in self.plans_manager.plans
@@ -182,6 +184,14 @@ class OneShotTrainer(nnUNetTrainer):
         return tuple(wrap_workers(*arguments, pin) for arguments in zip(loaders, numbers, seeds, strict=True))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        lock = join(self.output_folder, LOCK_FILE)
+        take_or_refuse(lock, "training or validation")
+        try:
+            self._validate(save_probabilities)
+        finally:
+            free(lock)
+
+    def _validate(self, save_probabilities: bool) -> None:
         fold = self._fold()
         if not fold.scored:
             reason = "none of its validation cases has a label" if fold.validation else "it has no validation case"
@@ -249,6 +259,8 @@ class OneShotTrainer(nnUNetTrainer):
             self.initialize()
         advice = "Delete it and resume with --c from the checkpoint before it, or train again without --c."
         with loading_checkpoint(filename_or_checkpoint, advice=advice):
+            # nnU-Net would run the code that a file names.
+            load_data(filename_or_checkpoint)
             super().load_checkpoint(filename_or_checkpoint)
         if changed := self._changed_settings(self._stored_settings() or {}):
             self.print_to_log_file(f"Warning: this training was started with other settings: {'; '.join(changed)}.")
@@ -274,12 +286,16 @@ class OneShotTrainer(nnUNetTrainer):
 
 def _check_supported(plans: dict, configuration: str) -> None:
     """Refuses what the trainers do not do, before nnU-Net makes any folder."""
-    name = plans.get("plans_name")
+    name = check_name(plans.get("plans_name"), "name of the plans", "the plans file")
+    check_name(plans.get("dataset_name"), "dataset_name", f"plans {name}")
+    check_name(configuration, "configuration", f"plans {name}")
     if configuration not in plans["configurations"]:
         raise OneShotError(
             f"Plans {name!r} have no configuration {configuration!r}: choose one of {sorted(plans['configurations'])}."
         )
-    if PlansManager(plans).get_configuration(configuration).previous_stage_name is not None:
+    chosen = PlansManager(plans).get_configuration(configuration)
+    check_name(chosen.data_identifier, "data_identifier", f"configuration {configuration} of plans {name}")
+    if chosen.previous_stage_name is not None:
         raise OneShotError(
             f"Configuration {configuration!r} of plans {name!r} is the second stage of a cascade, which the one-shot "
             f"trainers do not support: train 3d_fullres or 3d_lowres."

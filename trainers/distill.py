@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
 from typing import Any
 
 import numpy as np
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
-from batchgenerators.utilities.file_and_folder_operations import isfile, join
+from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch._dynamo import OptimizedModule
 
-from nnunet_oneshot.checkpoints import saving_checkpoint
 from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
-from nnunet_oneshot.distillation.teacher_file import load_teacher, save_teacher, teacher_file
+from nnunet_oneshot.distillation.teacher_file import load_teacher, remove_teachers, saving_teacher
 from nnunet_oneshot.precision import autocast
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.seeding import derive_seed, seed_everything
@@ -40,7 +38,8 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
     towards the teacher's features. At the shares of the training that the settings name as ``rounds`` its average
     segments the unlabelled images, and the atlas is registered to them again, guided by these segmentations; from then
     on the student also sees the real patches themselves, with the propagated labels corrected by their intensities.
-    The checkpoints hold the student alone; teacher and average lie in a file beside each.
+    The checkpoints hold the student alone; teacher and average lie in a file beside each until
+    the training has ended.
 
     Attributes:
         distiller: The teacher and what it is trained with, once `initialize` has been called.
@@ -87,6 +86,11 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         return settings.real_share * self._settled if self._round else 0.0
 
     @property
+    def _is_complete(self) -> bool:
+        """Whether no epoch is left, as where a training that had ended is resumed."""
+        return self.current_epoch >= self.num_epochs
+
+    @property
     def _round(self) -> int:
         """How many times the student has been asked to guide the registration, this epoch included."""
         return sum(share * self.num_epochs <= self.current_epoch for share in self.config.distillation.rounds)
@@ -96,7 +100,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
     ) -> RegistrationCache:
         """From the first round on those that the student guides; a resumed training asks the student again."""
         self._prepared_round = self._round
-        if self._round == 0:
+        if self._round == 0 or self._is_complete:
             return registrations
         agreement = self._compare(progress)
         self._settled = agreement.settled()
@@ -113,7 +117,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         return self.registrar.register_again(self.roles.unlabelled, first=registrations, guide=student, folder=folder)
 
     def on_train_start(self) -> None:
-        if self._resumed_from is not None:
+        if self._resumed_from is not None and not self._is_complete:
             load_teacher(self._resumed_from, self.distiller, self.teacher_optimizer, self.current_epoch)
         super().on_train_start()
         if self.distiller.teaches and self.config.distillation.teacher_first:
@@ -169,17 +173,15 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        latest = teacher_file(join(self.output_folder, "checkpoint_latest.pth"))
-        if isfile(latest):
-            os.remove(latest)
+        remove_teachers(self.output_folder)
 
     def save_checkpoint(self, filename: str) -> None:
-        if self.disable_checkpointing:
+        epoch = self.current_epoch + 1
+        # After the last epoch nothing goes on from the checkpoint.
+        if self.disable_checkpointing or epoch >= self.num_epochs:
             super().save_checkpoint(filename)
             return
-        # The teacher is written first and takes its place last, so that both files change together.
-        with saving_checkpoint(teacher_file(filename)) as temporary:
-            save_teacher(str(temporary), self.distiller, self.teacher_optimizer, self.current_epoch + 1)
+        with saving_teacher(filename, self.distiller, self.teacher_optimizer, epoch):
             super().save_checkpoint(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:

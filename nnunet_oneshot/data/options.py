@@ -49,8 +49,16 @@ class Options:
     progress: bool = True
 
 
+def check_plans_name(options: Options) -> None:
+    """Raises an `OneShotError` for a name of the plans that is no name of a file."""
+    if options.plans_name is not None:
+        check_name(options.plans_name, "name of the plans", "-overwrite_plans_name or -plans_name")
+
+
 def check_options(raw: RawDataset, options: Options, previous: Mapping[str, Any]) -> None:
     """Raises an `OneShotError` for options that cannot be met, before anything is read or written."""
+    for name in options.configurations:
+        check_name(name, "configuration", "-c")
     known = {*_NNUNET_CONFIGURATIONS, *previous.get("configurations", {})}
     unknown = [name for name in options.configurations if name not in known]
     if unknown:
@@ -67,8 +75,6 @@ def check_options(raw: RawDataset, options: Options, previous: Mapping[str, Any]
     spacing = options.target_spacing
     if spacing is not None and (len(spacing) != 3 or min(spacing) <= 0):
         raise OneShotError(f"-overwrite_target_spacing is {list(spacing)}: give three numbers (mm) above 0.")
-    if options.plans_name is not None:
-        check_name(options.plans_name, "name of the plans", "-overwrite_plans_name")
     if options.atlases is not None:
         check_labelled(options.atlases, raw.cases, raw.labelled, "named by --atlas")
         stored = previous.get(BLOCK, {}).get("atlases")

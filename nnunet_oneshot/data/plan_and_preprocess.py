@@ -23,7 +23,7 @@ from nnunet_oneshot.data.fingerprint import (
     save_fingerprint,
     survey_images,
 )
-from nnunet_oneshot.data.options import Options, check_options
+from nnunet_oneshot.data.options import Options, check_options, check_plans_name
 from nnunet_oneshot.data.orientation import mixed_orders_note
 from nnunet_oneshot.data.parallel import default_processes, run_on_cases
 from nnunet_oneshot.data.preprocessing import preprocess_configuration
@@ -77,6 +77,7 @@ def plan_and_preprocess(
         OneShotError: Anything is wrong with the data, the options or the folders; what was there before is kept.
     """
     _, preprocessed = require_env("nnUNet_raw", "nnUNet_preprocessed")
+    check_plans_name(options)
     raw = find_dataset(dataset)
     log(f"{raw.name}: {len(raw.cases)} training cases, {len(raw.labelled)} of them labelled")
     for note in check_files(raw):

@@ -18,6 +18,7 @@ from nnunet_oneshot.data.outline import restore_outline
 from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
 from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.data.splits import Fold, resolve_fold
+from nnunet_oneshot.data.written import check_written_cases
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env
 from nnunet_oneshot.names import check_name, inside
@@ -65,6 +66,7 @@ class PreparedDataset:
                 f"Plans {plans_name!r} of {base.name} have no configuration {configuration!r}: they have "
                 f"{sorted(plans.get('configurations', {}))}. Correct -c."
             )
+        check_name(configuration, "configuration", f"plans {plans_name}")
         description = base / "dataset.json"
         dataset_json = check_description(load_json_checked(description, "the dataset's description"), description)
         prepared = cls(base, plans, plans_name, dataset_json, configuration)
@@ -72,12 +74,13 @@ class PreparedDataset:
         return prepared
 
     def check(self) -> None:
-        """Makes sure that the configuration has been preprocessed.
+        """Makes sure that the configuration has been preprocessed, and that its folder holds what was written there.
 
         Raises:
-            OneShotError: Its folder is missing or holds no case.
+            OneShotError: Its folder is missing, or cases of it are missing or surplus.
         """
         check_preprocessed(str(self.folder), self.configuration)
+        check_written_cases(self.base, self.folder)
 
     @property
     def name(self) -> str:

@@ -22,6 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_oneshot.data.parallel import run_on_cases
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.data.verify import check_nifti, whole_labels
+from nnunet_oneshot.data.written import record_cases
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_folder, writing
 from nnunet_oneshot.names import inside
@@ -121,14 +122,26 @@ def preprocess_configuration(
             description=f"Preprocessing for {configuration}",
             show_progress=show_progress,
         )
+    record_cases(dataset_folder, target.name, raw.cases)
     return target
 
 
 def _check_replaceable(folder: Path, configuration: str) -> None:
-    """Refuses to replace a folder that holds anything but preprocessed cases."""
-    if not folder.exists():
+    """Refuses to replace a folder that holds, or is to hold, anything but preprocessed cases."""
+    if folder.name == "gt_segmentations" or folder.name.startswith("oneshot_"):
+        raise OneShotError(
+            f"{folder}, which the plans name as the data_identifier of configuration {configuration}, is the place of "
+            f"labels or registrations: give the configuration another data_identifier."
+        )
+    if not folder.exists() and not folder.is_symlink():
         return
-    foreign = [path.name for path in sorted(folder.iterdir()) if path.suffix not in _CASE_FILES]
+    if folder.is_symlink() or not folder.is_dir():
+        raise OneShotError(
+            f"{folder}, which the plans name as the data_identifier of configuration {configuration}, is no folder but "
+            f"a {'link' if folder.is_symlink() else 'file'}, and is not replaced: remove it yourself, or give the "
+            f"configuration another data_identifier."
+        )
+    foreign = [path.name for path in sorted(folder.iterdir()) if path.suffix not in _CASE_FILES or path.is_dir()]
     if foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise OneShotError(

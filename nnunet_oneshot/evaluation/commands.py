@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.locks import ending_with_parent, held_descriptors
 
 _TAIL_LINES = 25
 
@@ -88,6 +89,9 @@ def run_command(
             stderr=subprocess.STDOUT,
             cwd=cwd,
             start_new_session=True,
+            preexec_fn=ending_with_parent(),
+            # Where a command can outlive this process, it keeps what this process has locked.
+            pass_fds=() if ending_with_parent() else held_descriptors(),
         )
         try:
             status, peak = _wait(process)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from nnunet_oneshot.config import OVERRIDES_VARIABLE, merge_settings
 from nnunet_oneshot.data.fingerprint import lent_fingerprint
@@ -21,6 +19,7 @@ from nnunet_oneshot.evaluation.methods import CEILING, Method, parse_method, tra
 from nnunet_oneshot.evaluation.metrics import score_segmentation
 from nnunet_oneshot.evaluation.propagation import read_reference
 from nnunet_oneshot.io import is_occupied, load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.locks import free, take
 from nnunet_oneshot.versions import versions
 
 RECORD = "run.json"
@@ -97,24 +96,14 @@ def claimed(out: Path, run: Run) -> Iterator[bool]:
         OneShotError: The lock file cannot be written.
     """
     path = lock_file(out, run)
-    lock = FileLock(path)
-    free = True
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            free = False
-        except NotImplementedError:
-            pass
+    is_free = take(path, again=False)
     try:
-        yield free
+        yield is_free
     finally:
-        if free:
-            # Before the release, so that nobody else's file is removed; where an open file cannot be, it stays.
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-            lock.release()
+        if is_free:
+            free(path)
 
 
 def execute_run(

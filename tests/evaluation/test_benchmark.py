@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from filelock import FileLock
 
 from nnunet_oneshot.cli import main
 from nnunet_oneshot.errors import OneShotError
@@ -155,7 +156,7 @@ def test_file_systems_without_locks_hinder_no_run(commands, tmp_path, monkeypatc
     def acquire(self, timeout):
         raise NotImplementedError("flock")
 
-    monkeypatch.setattr(runs.FileLock, "acquire", acquire)
+    monkeypatch.setattr(FileLock, "acquire", acquire)
     assert benchmark(dataset, tmp_path / "out", "--methods", "distill", "--epochs", "5") == 0
     assert {row["method"] for row in results(tmp_path / "out")} == {"distill"}
 

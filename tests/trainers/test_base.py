@@ -226,6 +226,57 @@ def test_damaged_checkpoint_is_named(content, prepare, make_trainer, tmp_path):
         trainer.load_checkpoint(str(path))
 
 
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_a_checkpoint_is_not_run(prepare, make_trainer, tmp_path):
+    trainer = make_trainer(prepare(), "OneShotAtlasTrainer_5epochs")
+    torch.save({"network_weights": Harmful(tmp_path / "ran")}, tmp_path / "checkpoint_latest.pth")
+    with pytest.raises(OneShotError, match="holds more than numbers and weights"):
+        trainer.load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+def edit_configuration(plans):
+    plans["configurations"]["3d_fullres"]["data_identifier"] = "../../elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda plans: plans.update(dataset_name="../../elsewhere"), "The dataset_name '../../elsewhere' of plans"),
+        (lambda plans: plans.update(plans_name="../../elsewhere"), "The name of the plans '../../elsewhere' of"),
+        (edit_configuration, "The data_identifier '../../elsewhere' of configuration 3d_fullres"),
+    ],
+)
+def test_names_in_plans_are_no_paths(edit, message, prepare, make_trainer, tmp_path):
+    dataset = prepare()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OneShotError, match=message):
+        make_trainer(dataset, "OneShotAtlasTrainer", edit=edit)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder: next(folder.glob("*_05.pkl")).unlink(), "lacks case_05"),
+        (lambda folder: (folder / "stranger.pkl").touch(), "holds as a surplus stranger"),
+    ],
+)
+def test_other_cases_than_were_preprocessed_are_noticed(harm, message, prepare, make_trainer, stubs):
+    dataset = prepare()
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer")
+    harm(Path(trainer.preprocessed_dataset_folder))
+    with pytest.raises(OneShotError, match=f"{message}; 6 cases were preprocessed together"):
+        trainer.initialize()
+
+
 def test_checkpoint_of_another_network_is_refused(prepare, make_trainer, short, stubs):
     dataset = prepare()
     trainer = make_trainer(dataset, "OneShotSynthesisTrainer_1epoch")
@@ -419,7 +470,7 @@ def test_a_training_goes_on_with_the_settings_it_was_started_with(prepare, make_
 
 
 def test_a_second_training_in_the_same_folder_is_refused(prepare, make_trainer, short, stubs):
-    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer")
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer_1epoch")
     lock = Path(trainer.output_folder) / "training.lock"
     hold = f"import time; from nnunet_oneshot.locks import take; print(take({str(lock)!r}), flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
@@ -427,6 +478,8 @@ def test_a_second_training_in_the_same_folder_is_refused(prepare, make_trainer, 
         assert process.stdout.readline().strip() == b"True"
         with pytest.raises(OneShotError, match="Another training is at work"):
             trainer.on_train_start()
+        with pytest.raises(OneShotError, match="Another training or validation is at work"):
+            trainer.perform_actual_validation()
     finally:
         process.kill()
         process.wait()

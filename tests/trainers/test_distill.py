@@ -254,9 +254,7 @@ def test_epochs_log_the_losses_and_the_weight(prepare, make_trainer, short, stub
     assert "(weight 0.1000)" in lines[-1]
     assert files(trainer.output_folder) == [
         "checkpoint_best.pth",
-        "checkpoint_best_teacher.pth",
         "checkpoint_final.pth",
-        "checkpoint_final_teacher.pth",
     ]
     assert trainer.teacher_optimizer.param_groups[0]["lr"] < 1e-3
 
@@ -329,6 +327,61 @@ def test_validation_needs_no_teacher(prepare, make_trainer, stubs):
     trainer.perform_actual_validation()
 
 
+class KilledError(BaseException):
+    """Stands for the end of the process: whatever would clean up after it is left out."""
+
+
+@pytest.mark.parametrize("survived", range(3))
+def test_a_training_killed_between_its_two_files_is_resumed(survived, prepare, make_trainer, stubs, monkeypatch):
+    """The files change in three steps: the next teacher, the student, the teacher."""
+    dataset = prepare()
+    student, _ = saved_run(dataset, make_trainer)
+    trainer = make_trainer(dataset, NAME)
+    trainer.initialize()
+    trainer.current_epoch = 1
+    with torch.no_grad():
+        for parameter in trainer.distiller.teacher.parameters():
+            # So that the teachers of both epochs can be told apart.
+            parameter.add_(1)
+    original, remove, moved = os.replace, os.remove, []
+
+    def replace(source, target):
+        if len(moved) == survived:
+            raise KilledError
+        moved.append(target)
+        original(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(os, "replace", replace)
+        patch.setattr(os, "remove", lambda path: None)
+        trainer.save_checkpoint(student)
+    assert os.remove is remove and len(moved) == survived
+    resumed = make_trainer(dataset, NAME, resume=True)
+    resumed.load_checkpoint(student)
+    resumed.on_train_start()
+    assert resumed.current_epoch == (1 if survived < 2 else 2)
+    same = torch.equal(*(copies(t.distiller.teacher)[0] for t in (trainer, resumed)))
+    assert same == (survived == 2)
+    resumed.save_checkpoint(student)
+    assert files(resumed.output_folder) == ["checkpoint_latest.pth", "checkpoint_latest_teacher.pth"]
+
+
+def test_a_training_that_has_ended_needs_no_teacher(prepare, make_trainer, short, stubs):
+    _, registered = stubs
+    dataset = prepare()
+    first = make_trainer(dataset, NAME)
+    first.run_training()
+    final = os.path.join(first.output_folder, "checkpoint_final.pth")
+    asked = len(registered)
+    again = make_trainer(dataset, NAME, resume=True)
+    again.load_checkpoint(final)
+    again.run_training()
+    assert torch.equal(copies(first.network)[0], copies(again.network)[0])
+    # The student, whose average is lost, guides nothing.
+    assert len(registered) == asked + 1
+    assert files(again.output_folder) == ["checkpoint_best.pth", "checkpoint_final.pth"]
+
+
 def test_failed_save_keeps_both_files(prepare, make_trainer, stubs, monkeypatch):
     dataset = prepare()
     student, teacher = saved_run(dataset, make_trainer)
@@ -348,6 +401,7 @@ def test_failed_save_keeps_both_files(prepare, make_trainer, stubs, monkeypatch)
     with pytest.raises(OneShotError, match="file write failed"):
         trainer.save_checkpoint(student)
     assert [Path(path).read_bytes() for path in (student, teacher)] == before
+    assert len(files(trainer.output_folder)) == 2
 
 
 def test_architecture_without_decoder_is_refused(prepare, make_trainer, monkeypatch):

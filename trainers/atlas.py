@@ -1,4 +1,4 @@
-"""For comparison: nnU-Net on the atlas alone."""
+"""A baseline: nnU-Net trained on the atlas alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from nnunet_oneshot.trainers.base import OneShotTrainer
 class OneShotAtlasTrainer(OneShotTrainer):
     """nnU-Net's own training with the labelled case as its only training case; unlabelled images are not used.
 
-    Progress is watched on the atlas itself, so that no validation label is read. Mirroring is nnU-Net's too, unless the
-    plans list axes: what the other trainers do by default is decided from unlabelled images.
+    Progress is measured on the atlas itself, so that no validation label is read. Mirroring is also nnU-Net's own,
+    unless the plans list axes: the default of the other trainers depends on unlabelled images.
     """
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:

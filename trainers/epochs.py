@@ -1,4 +1,4 @@
-"""The trainers with shorter schedules, named as nnU-Net names its own; the learning rate falls to zero within them."""
+"""Trainers with shorter schedules and names like nnU-Net's; the learning rate decays to zero within each schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FULL_LENGTH = (OneShotAtlasTrainer, OneShotPropagationTrainer, OneShotSynthesisT
 def _shorter(trainer: type[OneShotTrainer], epochs: int) -> type[OneShotTrainer]:
     name = variant(trainer.__name__, epochs)
     meaning = f"`{trainer.__name__}` with {epochs} epoch{'s' if epochs > 1 else ''}."
-    # The module makes a class picklable: it is looked up there by its name.
+    # Pickling looks up a class by its name in its module.
     return type(name, (trainer,), {"__module__": __name__, "__doc__": meaning, "epochs": epochs})
 
 

@@ -1,4 +1,4 @@
-"""For comparison: real images with the labels that registration propagates to them."""
+"""A baseline: real images with labels propagated to them by registration."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from nnunet_oneshot.trainers.warping import WarpingTrainer
 
 
 class OneShotPropagationTrainer(WarpingTrainer):
-    """Trains on the unlabelled images as they are, with the atlas's labels warped to them.
+    """Trains on the unmodified unlabelled images, with the atlas's labels warped to them.
 
-    The images are real, and every error of a registration is an error of the label.
+    The images are real, but each registration error becomes a label error.
     """
 
     real_share = 1.0

@@ -6,9 +6,9 @@ from nnunet_oneshot.trainers.warping import WarpingTrainer
 
 
 class OneShotSynthesisTrainer(WarpingTrainer):
-    """Trains on the atlas warped to unlabelled images, with its label warped alike.
+    """Trains on the atlas warped to unlabelled images, with its label warped in the same way.
 
-    Label and image agree whatever the error of a registration; only the image is synthetic.
+    Label and image match regardless of registration errors, but the image is synthetic.
     """
 
     real_share = 0.0

@@ -1,4 +1,4 @@
-"""The trainer of warped atlases: registers them and feeds nnU-Net with patches made from the registrations."""
+"""The trainer for warped atlases: registers them and trains nnU-Net on patches made from the registrations."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
 
 
 class WarpingTrainer(OneShotTrainer):
-    """Trains on patches of the atlas, warped to unlabelled cases; progress is judged on such patches too.
+    """Trains on patches of the atlas warped to unlabelled cases; progress is measured on such patches too.
 
-    `real_share` says which image goes with the warped label: the warped atlas (0), the unlabelled case itself (1), or
-    either with that probability.
+    `real_share` is the probability that the image for the warped label is the unlabelled case itself instead of the
+    warped atlas: 0 always uses the warped atlas, 1 always the unlabelled case.
     """
 
     real_share: float
 
-    # nnU-Net's stochastic gradient descent often finds no foreground in its first hundreds of iterations on few
-    # voxels of foreground and batches of two; nnUNetTrainerAdam1en3, whose optimiser this is, does at once.
+    # With few foreground voxels and batches of two, nnU-Net's stochastic gradient descent often finds no foreground in
+    # its first hundreds of iterations. The optimiser used here, that of nnUNetTrainerAdam1en3, finds it at once.
     configure_optimizers = nnUNetTrainerAdam.configure_optimizers
 
     def __init__(
@@ -52,7 +52,7 @@ class WarpingTrainer(OneShotTrainer):
         )
         build = partial(build_oneshot_loader, self.prepared, atlases=self.roles.atlases)
         progress = build(registrations, cases=self.roles.progress, settings=settings, seed=seeds[1])
-        # First, because the share of real patches may depend on it.
+        # Called before `real_share` is read, because the share may depend on it.
         registrations = self.training_registrations(registrations, progress)
         settings = replace(
             settings,
@@ -70,8 +70,8 @@ class WarpingTrainer(OneShotTrainer):
         """The registrations from which training patches are made.
 
         Args:
-            registrations: Those of the dataset.
-            progress: Draws the patches on which progress is watched.
+            registrations: Registrations of the dataset.
+            progress: Loader of the patches on which progress is measured.
         """
         return registrations
 
@@ -81,7 +81,7 @@ class WarpingTrainer(OneShotTrainer):
         return DatasetRegistrar(self.prepared, self.config, self.roles.atlases, self.device, self.print_to_log_file)
 
     def _check_guide(self) -> None:
-        """Refuses a guide that this training would overwrite."""
+        """Rejects a guide that this training would overwrite."""
         guide = self.config.registration.guide
         if guide is not None and os.path.realpath(os.path.expanduser(guide)) == os.path.realpath(
             self.output_folder_base

@@ -1,8 +1,8 @@
 """Generated abdominal CTs with organs that move: ``python -m nnunet_oneshot.benchmarks.abdomens``.
 
-They are made to measure registration where displacements are large and organs move independently of each other (see
-`nnunet_oneshot.benchmarks.registration`). Cases share a body plan and nothing else: size of the body, and
-place, size, tilt and density of each organ are drawn for each, and bowel, gas and noise have no counterpart.
+They serve to measure registration with large displacements and organs that move independently of each other (see
+`nnunet_oneshot.benchmarks.registration`). Cases share only a body plan. Body size, and the position, size, tilt and
+density of each organ, are drawn for each case; bowel, gas and noise do not correspond between cases.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAPE = (96, 80, 64)
 SPACING = (4.0, 4.0, 5.0)
 
 _AIR, _FAT, _WALL, _BOWEL = -1000.0, -90.0, 55.0, 45.0
-# Standard deviations between cases: place of a free organ and of a vessel (mm), density (HU), tilt (radians), size.
+# Standard deviations between cases: position of an organ and of a vessel (mm), density (HU), tilt (radians), size.
 _PLACE, _VESSEL_PLACE, _DENSITY, _TILT, _SIZE = 12.0, 5.0, 12.0, 0.15, 0.15
 
 
@@ -33,10 +33,10 @@ class _Organ:
     """An organ of the body plan, axes right to left, back to front, bottom to top.
 
     Attributes:
-        centre: In half widths of the space inside the body's wall, and in 150 mm upwards.
+        centre: First two axes in half widths of the space inside the body wall, third axis in units of 150 mm.
         semi_axes: In mm.
         density: In HU.
-        is_vessel: Whether it keeps its place and direction.
+        is_vessel: Whether the position varies less and the direction not at all.
     """
 
     centre: tuple[float, float, float]
@@ -45,7 +45,7 @@ class _Organ:
     is_vessel: bool = False
 
 
-# In the order in which they are painted; a later organ covers an earlier one.
+# In painting order; later organs cover earlier ones.
 _ORGANS = {
     "aorta": _Organ((0.07, -0.38, 0.0), (9, 9, 400), 200, True),
     "vena_cava": _Organ((-0.12, -0.33, 0.0), (11, 9, 400), 150, True),
@@ -65,12 +65,12 @@ def write_abdomen_dataset(folder: str | Path, *, cases: int = 12, seed: int = 20
     """Writes a raw nnU-Net dataset of generated abdomens, all of them labelled.
 
     Args:
-        folder: Dataset folder, named as nnU-Net wants it (``Dataset998_Abdomens``); it must not exist or be empty.
+        folder: Dataset folder with an nnU-Net name (``Dataset998_Abdomens``); must be missing or empty.
         cases: Number of images.
         seed: The same seed gives the same files.
 
     Raises:
-        OneShotError: The folder holds something already or cannot be written, or there is to be no case.
+        OneShotError: The folder is not empty or cannot be written, or ``cases`` is less than 1.
     """
     folder = Path(folder)
     if cases < 1:
@@ -99,7 +99,7 @@ def make_abdomen(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One abdomen.
 
     Args:
-        rng: Source of everything that varies between cases.
+        rng: Random generator for all variation between cases.
 
     Returns:
         Image (X, Y, Z) int16 in HU and label (X, Y, Z) uint8, voxels of ``SPACING`` mm.
@@ -126,7 +126,7 @@ def make_abdomen(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _places(rng: np.random.Generator) -> np.ndarray:
-    """Body coordinates (3, X, Y, Z) of every voxel in mm, smoothly displaced, around a middle that varies."""
+    """Body coordinates (3, X, Y, Z) of each voxel in mm, smoothly displaced, around a random centre."""
     axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(SHAPE, SPACING, strict=True)]
     displacement = np.stack([5 * _smooth_noise(5, rng) for _ in axes])
     middle = rng.normal(0, (12, 12, 15))
@@ -139,7 +139,7 @@ def _elliptic(points: np.ndarray, half_width: np.ndarray | tuple[float, float]) 
 
 
 def _organ_mask(points: np.ndarray, organ: _Organ, reach: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Where a slightly boxy ellipsoid lies whose place, size and tilt are drawn, (X, Y, Z) bool."""
+    """Mask of a slightly boxy ellipsoid with random position, size and tilt, (X, Y, Z) bool."""
     centre = np.array(organ.centre) * reach + rng.normal(0, _VESSEL_PLACE if organ.is_vessel else _PLACE, 3)
     semi_axes = np.array(organ.semi_axes) * rng.normal(1, _SIZE, 3)
     local = points - centre.reshape(3, 1, 1, 1)
@@ -149,7 +149,7 @@ def _organ_mask(points: np.ndarray, organ: _Organ, reach: np.ndarray, rng: np.ra
 
 
 def _rotation(angles: np.ndarray) -> np.ndarray:
-    """Rotation by three angles in radians, one a plane, (3, 3)."""
+    """Rotation by three angles in radians, one per plane, (3, 3)."""
     result = np.eye(3)
     for angle, (first, second) in zip(angles, ((0, 1), (0, 2), (1, 2)), strict=True):
         turn = np.eye(3)
@@ -160,7 +160,7 @@ def _rotation(angles: np.ndarray) -> np.ndarray:
 
 
 def _smooth_noise(smoothing: float | tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise (X, Y, Z) of unit deviation, smoothed over ``smoothing`` voxels."""
+    """Gaussian noise (X, Y, Z), smoothed over ``smoothing`` voxels and scaled to unit standard deviation."""
     noise = gaussian_filter(rng.standard_normal(SHAPE), smoothing)
     return noise / noise.std()
 
@@ -168,13 +168,13 @@ def _smooth_noise(smoothing: float | tuple[float, ...], rng: np.random.Generator
 def _write(array: np.ndarray, path: Path) -> None:
     image = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
     image.SetSpacing(SPACING)
-    # The second axis runs from back to front, ITK's the other way.
+    # The second axis runs from back to front, ITK's from front to back.
     image.SetDirection((1, 0, 0, 0, -1, 0, 0, 0, 1))
     sitk.WriteImage(image, str(path), True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """What ``python -m nnunet_oneshot.benchmarks.abdomens`` does; returns its exit status."""
+    """Runs ``python -m nnunet_oneshot.benchmarks.abdomens``; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m nnunet_oneshot.benchmarks.abdomens",
         description="Writes a raw nnU-Net dataset of generated CTs.",

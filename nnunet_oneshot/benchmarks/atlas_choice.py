@@ -1,6 +1,6 @@
 """Whether the suggested atlas propagates better than others: ``python -m nnunet_oneshot.benchmarks.atlas_choice``.
 
-Needs a raw data set whose cases are all labelled. The labels score the result; the ranking sees none.
+Needs a raw data set with a label for each case. Labels are used for scoring only, not for the ranking.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AtlasScore:
     """How well one atlas propagates.
 
     Attributes:
-        ranked: Its place in the ranking.
+        ranked: The atlas's place in the ranking.
         dice: Mean Dice of its propagated labels over labels and cases.
     """
 
@@ -46,18 +46,18 @@ def score_atlases(
     seed: int = 0,
     show_progress: bool = True,
 ) -> list[AtlasScore]:
-    """Propagates the labels of atlases taken evenly from the ranking, the first one included.
+    """Propagates the labels of atlases spaced evenly in the ranking, including the first.
 
     Args:
         raw: A data set in which every case is labelled.
         atlases: Number of atlases.
-        cases: Number of cases, drawn at random, that each atlas is registered to; the atlas itself is left out.
+        cases: Number of random cases to which each atlas is registered, excluding the atlas itself.
         config: Settings of the registration; None for the defaults.
-        seed: Seed of that draw.
+        seed: Seed for drawing the cases.
         show_progress: Whether to show progress bars.
 
     Returns:
-        One score an atlas, in order of the ranking.
+        One score per atlas, in the order of the ranking.
 
     Raises:
         OneShotError: A case has no label.
@@ -90,13 +90,13 @@ def _propagated_dice(atlas: tuple, case: tuple, labels: Sequence[int], config: R
         config=config,
     )
     _, warped = warp_atlas_to_case(registration, atlas_image.data, atlas_seg.astype(np.int16))
-    # A label that neither shows has no Dice.
+    # A label that is absent from both has no Dice.
     shown = [label for label in labels if (case_seg == label).any() or (warped == label).any()]
     return float(np.mean([dice(warped == label, case_seg == label) for label in shown]))
 
 
 def report(scores: Sequence[AtlasScore]) -> str:
-    """A table, the rank correlation of typicality and Dice, and the suggested atlas against the average one."""
+    """A table, the rank correlation of typicality and Dice, and the suggested atlas compared with the average."""
     lines = [f"{'rank':>5}  {'correlation':>11}  {'Dice':>6}  case"]
     lines += [f"{s.ranked.rank:5d}  {s.ranked.correlation:11.3f}  {s.dice:6.3f}  {s.ranked.case}" for s in scores]
     values = np.array([score.dice for score in scores])

@@ -1,7 +1,7 @@
 """Rewrites a raw dataset in mixed axis orders: ``python -m nnunet_oneshot.benchmarks.axis_orders SOURCE TARGET``.
 
-Each case is stored in one of the 48 orders of its axes, drawn at random, with the header to match, as scanners and
-converters leave them. In the scanner's space nothing moves: what is trained on the copy must score as on the source.
+Stores each case in one of the 48 axis orders and directions, drawn at random, with a matching header, as scanners and
+converters produce them. Nothing moves in the scanner's space, so training on the copy must score as on the source.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from nnunet_oneshot.io import atomic_folder, is_occupied, writing
 
 
 def reorder(image: sitk.Image, order: Sequence[int], flips: Sequence[bool]) -> sitk.Image:
-    """An image with its axes exchanged and reversed, and a header with which every voxel stays where it is.
+    """An image with permuted and reversed axes, and a header that keeps each voxel at its physical position.
 
     Args:
-        image: Three axes.
-        order: Axis k of the result is this axis of the image, in the order x, y, z.
-        flips: Whether axis k of the result runs the other way.
+        image: Image with three axes.
+        order: For each axis k of the result, the axis of the image, in the order x, y, z.
+        flips: For each axis k of the result, whether it is reversed.
     """
     return sitk.Flip(sitk.PermuteAxes(image, list(order)), list(flips))
 
 
 def write_mixed_orders(source: str | Path, target: str | Path, *, seed: int = 0) -> None:
-    """Copies a raw dataset of volumes, each case in an order of its own.
+    """Copies a raw dataset of volumes with a random axis order for each case.
 
     Args:
         source: ``nnUNet_raw/DatasetXXX_Name`` with images in ``imagesTr`` and labels in ``labelsTr``.
-        target: The copy, which does not exist yet.
-        seed: Of the draw.
+        target: Folder of the copy; must be missing or empty.
+        seed: Seed for drawing the orders.
 
     Raises:
-        OneShotError: The target exists, or the source is no raw dataset.
+        OneShotError: The target is not empty, or the source is not a raw dataset.
     """
     raw, target = RawDataset(source), Path(target)
     if is_occupied(target):

@@ -1,8 +1,8 @@
-"""Whether two runs gave the same results to the bit: ``python -m nnunet_oneshot.benchmarks.equality BEFORE AFTER``.
+"""Checks that two runs gave bitwise equal results: ``python -m nnunet_oneshot.benchmarks.equality BEFORE AFTER``.
 
-A change that is meant to leave results as they are is run before and after, each into a folder of its own (the
-demonstration, registrations, a short training), on the same machine with as many threads. Of each folder the images,
-registrations and networks are compared; logs, times and pictures are not.
+To verify that a change keeps results the same, run the program (the demonstration, registrations, a short training)
+before and after it, into two folders, on the same machine with the same number of threads. The comparison covers
+images, registrations and networks, but not logs, times and pictures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from nnunet_oneshot.checkpoints import load_data, loading_checkpoint
 from nnunet_oneshot.errors import OneShotError, exit_status
 
-# Names and arrays of what a file holds.
+# Names and arrays in a file.
 Content = dict[str, np.ndarray]
 
 
@@ -57,13 +57,13 @@ def compare(before: Path, after: Path) -> Iterator[tuple[str, str]]:
 
     Args:
         before: A folder of results.
-        after: The same of another run.
+        after: Folder of the same results from another run.
 
     Yields:
-        Pattern of `READERS` and a sentence on each difference.
+        Pattern of `READERS`, and a sentence about the difference.
 
     Raises:
-        OneShotError: A folder does not exist or holds nothing to compare.
+        OneShotError: A folder does not exist, or there is nothing to compare.
     """
     for folder in (before, after):
         if not folder.is_dir():
@@ -81,7 +81,7 @@ def compare(before: Path, after: Path) -> Iterator[tuple[str, str]]:
 
 
 def differences(first: Content, second: Content) -> Iterator[str]:
-    """A sentence on each entry that is not equal to the bit."""
+    """Yields a sentence for each entry that is not bitwise equal."""
     for key in sorted(first.keys() | second.keys()):
         if key not in first or key not in second:
             yield f"{key} is in one of them only"
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the comparison; returns the exit status: 1 where anything differs."""
+    """Runs the comparison; returns the exit status, which is 1 if anything differs."""
     parser = argparse.ArgumentParser(
         prog="python -m nnunet_oneshot.benchmarks.equality",
         description="Compares the images, registrations and networks of two folders to the bit.",

@@ -1,7 +1,7 @@
 """Compares registration methods on the same pairs: ``python -m nnunet_oneshot.benchmarks.registration``.
 
-OUT/settings.json   what is compared; a later call must agree
-OUT/pairs.jsonl     one line a method and pair, written when it is measured; a later call measures only what is missing
+OUT/settings.json   settings of the comparison; later calls must use the same
+OUT/pairs.jsonl     one line per method and pair, written after its measurement; later calls measure only missing ones
 OUT/summary.json  summary.md   see `nnunet_oneshot.benchmarks.registration_summary`
 """
 
@@ -53,26 +53,26 @@ def benchmark_registration(
     command: str = "",
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Registers atlases to labelled cases with every method, pair by pair, and scores the warped labels.
+    """Registers atlases to labelled cases with each method, pair by pair, and scores the warped labels.
 
-    The methods take turns on each pair, so that another load of the machine meets all of them alike.
+    The methods take turns on each pair, so that other load on the machine affects all of them equally.
 
     Args:
-        prepared: The dataset; the ``oneshot`` block of its plans holds our settings. A registration by network is
-            replaced by the optimisation of each pair.
-        out: The benchmark's folder; one of the same settings is continued.
-        pairs: (atlas, case) of every registration, see `choose_pairs`.
-        methods: Of `REGISTRATION_METHODS`, see `available_methods`.
-        threads: Of each method.
-        device: Where our deformable stage runs.
+        prepared: The dataset; the ``oneshot`` block of its plans holds our settings. The optimisation of each pair
+            replaces registration by a network.
+        out: The benchmark's folder; a benchmark with the same settings is resumed.
+        pairs: (atlas, case) of each registration, see `choose_pairs`.
+        methods: Names in `REGISTRATION_METHODS`, see `available_methods`.
+        threads: Number of threads of each method.
+        device: Device of our deformable stage.
         command: The command line, for the summary.
-        log: Receives each line that is shown.
+        log: Called with each message.
 
     Returns:
-        The content of ``summary.json``, over the pairs of earlier calls too.
+        The content of ``summary.json``, which includes the pairs of earlier calls.
 
     Raises:
-        OneShotError: ``out`` holds something else, or a method failed on pairs (all others are measured and
+        OneShotError: ``out`` contains something else, or a method failed on some pairs (all others are measured and
             summarised).
     """
     config = OneShotConfig.from_plans(prepared.plans)
@@ -116,7 +116,7 @@ def _measure_missing(
     options: MethodOptions,
     log: Callable[[str], None],
 ) -> list[str]:
-    """Measures what ``pairs.jsonl`` lacks; returns what failed."""
+    """Measures the pairs missing from ``pairs.jsonl``; returns the failed ones."""
     finished = {(row["method"], row["atlas"], row["case"]) for row in read_pairs(out)}
     workers: dict[str, Worker] = {}
     failures = []
@@ -148,14 +148,14 @@ def _measure_missing(
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """An atlas and a case, loaded.
+    """A loaded atlas and case.
 
     Attributes:
         case: Image (C, U, V, W) and 3 voxel edges, mm.
         atlas: Image (C, X, Y, Z) and 3 voxel edges, mm.
         case_segmentation: (1, U, V, W).
         atlas_segmentation: (1, X, Y, Z).
-        labels: Name to value or values of the labels and regions that the atlas shows.
+        labels: Name to value or values of the labels and regions present in the atlas.
         ignore_label: Voxels of the case with this value are not scored.
     """
 
@@ -168,7 +168,7 @@ class _Pair:
 
     @classmethod
     def load(cls, prepared: PreparedDataset, atlas: str, case: str) -> _Pair:
-        # Methods know no headers: they get the atlas in the order of the case's axes.
+        # Methods do not read headers, so the atlas is reordered to the axes of the case.
         turned = prepared.axes(case).T @ prepared.axes(atlas)
         segmentation = in_common_order(prepared.segmentation(atlas), turned)
         return cls(
@@ -184,7 +184,7 @@ class _Pair:
         )
 
     def measure(self, worker: Worker) -> dict[str, Any]:
-        """What one line of ``pairs.jsonl`` holds: scores, folding, time and memory."""
+        """The content of one line of ``pairs.jsonl``: scores, folding, time and memory."""
         found = worker.measure(self.case, self.atlas, self.atlas_segmentation)
         places = torch.from_numpy(found.pop("places"))
         segmentation = torch.from_numpy(np.ascontiguousarray(self.atlas_segmentation, dtype=np.int16))
@@ -209,10 +209,10 @@ class _Pair:
 def folded_share(places: torch.Tensor) -> float:
     """Share of a case's voxels at which the map to the atlas has a Jacobian determinant <= 0 (central differences).
 
-    The map holds the affine part, whose determinant is positive, so that the sign is that of the deformation.
+    The map includes the affine part, whose determinant is positive, so the sign is that of the deformation.
 
     Args:
-        places: (3, U, V, W), atlas voxel coordinates; one slice along the first axis is taken in 2D.
+        places: (3, U, V, W), atlas voxel coordinates; evaluated in 2D if the first axis has one voxel.
     """
     if places.shape[1] == 1:
         places = places[1:, 0]
@@ -220,10 +220,10 @@ def folded_share(places: torch.Tensor) -> float:
 
 
 def available_methods(methods: Sequence[str], log: Callable[[str], None]) -> list[str]:
-    """The methods in the order of `REGISTRATION_METHODS`; those that miss a package are left out with a message.
+    """The methods in the order of `REGISTRATION_METHODS`; skips those with a missing package and logs a message.
 
     Raises:
-        OneShotError: A method is not known, or none is left.
+        OneShotError: A method is unknown, or none is available.
     """
     known = ", ".join(REGISTRATION_METHODS)
     unknown = sorted(set(methods) - set(REGISTRATION_METHODS))
@@ -251,16 +251,16 @@ def choose_pairs(
     fold: int = 0,
     log: Callable[[str], None] = print,
 ) -> list[tuple[str, str]]:
-    """(atlas, case) of every registration.
+    """(atlas, case) of each registration.
 
     Args:
         prepared: The dataset.
-        config: Settings; their seed draws cases.
-        atlases: Labelled cases; None is the program's choice for the fold. An atlas is not registered to itself.
-        cases: Number of labelled cases, drawn at random, that each atlas is registered to; None is the labelled
-            validation cases of the fold.
-        fold: A fold's number.
-        log: Receives each line that is shown.
+        config: Settings; their seed is used to draw the cases.
+        atlases: Labelled cases; None uses the program's choice for the fold. An atlas is not registered to itself.
+        cases: Number of random labelled cases to which each atlas is registered; None uses the labelled validation
+            cases of the fold.
+        fold: Number of the fold.
+        log: Called with each message.
 
     Raises:
         OneShotError: An atlas has no label, or there is no labelled case to score.
@@ -291,10 +291,10 @@ def choose_pairs(
 
 
 def read_pairs(out: Path) -> list[dict[str, Any]]:
-    """The lines of ``pairs.jsonl``; one that an interruption left unfinished is removed from the file.
+    """The lines of ``pairs.jsonl``; removes a last line that an interruption left incomplete.
 
     Raises:
-        OneShotError: Another line than the last is damaged.
+        OneShotError: A line other than the last is damaged.
     """
     path = out / PAIRS
     if not path.is_file():
@@ -312,7 +312,7 @@ def read_pairs(out: Path) -> list[dict[str, Any]]:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    """Mean of the values that are numbers; zeros count. None where there is none."""
+    """Mean of the values that are not NaN, including zeros; None if there are none."""
     numbers = [value for value in values if not math.isnan(value)]
     return round(float(np.mean(numbers)), 6) if numbers else None
 

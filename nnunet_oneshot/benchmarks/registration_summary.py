@@ -1,4 +1,4 @@
-"""Tables of a benchmark of registration methods."""
+"""Tables for the benchmark of registration methods."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ Ratios are over the pairs that both methods have."""
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures of every method, for each atlas and over atlases.
+    """Figures of each method, per atlas and over all atlases.
 
     Args:
         rows: Lines of ``pairs.jsonl``, at least one.
 
     Returns:
-        ``date``, ``atlases``, ``pairs`` (number of different ones), and ``methods``: name to ``all`` and ``atlases``
-        (name to figures). Times in seconds, memory in MiB, HD95 in mm; what cannot be computed is None.
+        ``date``, ``atlases``, ``pairs`` (number of distinct pairs), and ``methods``: name to ``all`` and ``atlases``
+        (name to figures). Times in seconds, memory in MiB, HD95 in mm; values that cannot be computed are None.
     """
     methods = [method for method in REGISTRATION_METHODS if any(row["method"] == method for row in rows)]
     atlases = sorted({row["atlas"] for row in rows})
@@ -63,7 +63,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
-    """Figures of one method over its rows, against those rows of the reference that are of the same pairs."""
+    """Figures of one method over its rows, compared with the reference's rows for the same pairs."""
     own = {(row["atlas"], row["case"]): row for row in rows if row["method"] == method}
     reference = {(row["atlas"], row["case"]): row for row in rows if row["method"] == REFERENCE}
     common = own.keys() & reference.keys()
@@ -109,7 +109,7 @@ def _figures(rows: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
 
 
 def _rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Spearman's rho of the similarity by which pairs are flagged and the true Dice; NaN where either is constant."""
+    """Spearman's rho of the similarity used to flag pairs and the true Dice; NaN if either is constant."""
     similarity = [telling_similarity(row["quality"]) for row in rows]
     dice = [row["dice"] for row in rows]
     if len(set(similarity)) < 2 or len(set(dice)) < 2:
@@ -118,7 +118,7 @@ def _rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def summary_markdown(summary: Mapping[str, Any]) -> str:
-    """``summary.md``, from the content of ``summary.json``."""
+    """The content of ``summary.md``, from the content of ``summary.json``."""
     methods = summary["methods"]
     found = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     lines = [
@@ -191,11 +191,11 @@ def _cell(value: float | None, digits: int) -> str:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; NaN of fewer than two values."""
+    """Sample standard deviation; NaN for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
 def _rounded(statistic: Any, values: Sequence[Any], digits: int = 6) -> float | None:
-    """A statistic of some values; None where there are none or it is not finite."""
+    """A rounded statistic of some values; None if there are no values or the result is not finite."""
     result = float(statistic(values)) if len(values) else float("nan")
     return round(result, digits) if np.isfinite(result) else None

@@ -1,7 +1,7 @@
-"""Registration methods, each in a process of its own, so that its memory is its own: ``python -m ... METHOD``.
+"""Runs each registration method in its own process to measure its memory: ``python -m ... METHOD``.
 
-The process takes settings and then one pair after another, pickled, from its input, and answers each on its output. It
-loads only the libraries its method needs.
+The process reads pickled settings and then pairs, one after another, from its standard input, and answers each on its
+standard output. It loads only the libraries that its method needs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_G
 
 
 class Worker:
-    """A method's process, started at once.
+    """A method's process, started on construction.
 
     Args:
         method: One of `REGISTRATION_METHODS`.
-        options: What every method is given.
+        options: Options that are the same for all methods.
     """
 
     def __init__(self, method: str, options: MethodOptions) -> None:
@@ -53,10 +53,10 @@ class Worker:
         Args:
             case: Image and voxel edges.
             atlas: Image and voxel edges.
-            atlas_labels: (1, X, Y, Z), for the ``quality`` figures of ``"ours"`` alone.
+            atlas_labels: (1, X, Y, Z), only for the ``quality`` figures of ``"ours"``.
 
         Returns:
-            What the function `measure` gives, and ``start_memory_mb``, resident once the libraries were loaded.
+            The result of the function `measure`, and ``start_memory_mb``, the resident memory after loading libraries.
 
         Raises:
             OneShotError: The method failed on this pair, or its process ended.
@@ -93,9 +93,9 @@ def measure(
     """Registers an atlas to a case in this process.
 
     Returns:
-        ``seconds`` and ``cpu_seconds`` (all threads) from the images in memory to the transform, ``peak_memory_mb`` of
-        this process until then (MiB, None where the system does not tell), ``places``: (3, U, V, W) float32, where
-        every voxel of the case is read in the atlas, voxel coordinates, and for ``"ours"`` the ``quality`` figures.
+        ``seconds`` and ``cpu_seconds`` (all threads) from the images in memory to the transform; ``peak_memory_mb`` of
+        this process until then (MiB, None if the system does not report it); ``places``: (3, U, V, W) float32, location
+        in the atlas of each voxel of the case, voxel coordinates; and for ``"ours"`` the ``quality`` figures.
     """
     register = REGISTRATION_METHODS[method].register
     cpu, started = time.process_time(), time.perf_counter()
@@ -109,9 +109,9 @@ def measure(
 
 
 def memory_mb() -> tuple[float | None, float | None]:
-    """Present and peak resident memory of this process, MiB; None where the system does not tell.
+    """Current and peak resident memory of this process, MiB; None if the system does not report it.
 
-    Linux's own record comes first: that of ``getrusage`` begins at the memory of the process that started this one.
+    Prefers Linux's own record, because the peak of ``getrusage`` starts at the memory of the parent process.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as file:
@@ -136,7 +136,7 @@ def _serve(method: str, requests: BinaryIO, replies: BinaryIO) -> None:
         replies.flush()
 
     options = pickle.load(requests)
-    # Neither time nor memory above the start count them.
+    # Loaded first, so that neither time nor memory above the start includes them.
     for library in REGISTRATION_METHODS[method].libraries:
         importlib.import_module(library)
     start = memory_mb()[0]
@@ -149,12 +149,12 @@ def _serve(method: str, requests: BinaryIO, replies: BinaryIO) -> None:
         try:
             found = measure(method, case, atlas, options, atlas_labels=atlas_labels)
             answer({**found, "start_memory_mb": start})
-        except Exception as error:  # whatever a library raises is the method's failure on this pair
+        except Exception as error:  # any exception of a library is a failure of the method on this pair
             answer({"error": f"{type(error).__name__}: {error}"})
 
 
 if __name__ == "__main__":
-    # What libraries print must not mix with the replies.
+    # Output of libraries must not mix with the replies.
     own_output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     _serve(sys.argv[1], sys.stdin.buffer, own_output)

@@ -1,7 +1,7 @@
 """What an iteration of each trainer costs: ``python -m nnunet_oneshot.benchmarks.training_speed``.
 
-Trainers are set up as by ``nnUNetv2_train``, one after the other in one process, and run some iterations; nothing is
-kept but the registrations, which are cached. Settings can be changed by ``nnUNet_oneshot_overrides`` as for a training.
+Sets up trainers as ``nnUNetv2_train`` does, one after the other in one process, and runs some iterations. Only the
+registrations are kept, in their cache. ``nnUNet_oneshot_overrides`` changes settings as it does for a training.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Speed:
     """Cost of a trainer's iterations.
 
     Attributes:
-        trainer: Its name.
-        step: Median seconds of a training step, what it moves to the device included.
-        wait: Mean seconds for which the training waits for its next batch.
-        memory: Largest memory that tensors take on a GPU, MiB; None elsewhere.
+        trainer: Name of the trainer.
+        step: Median seconds of a training step, including transfers to the device.
+        wait: Mean seconds that the training waits for its next batch.
+        memory: Peak memory of tensors on a GPU, MiB; None on other devices.
     """
 
     trainer: str
@@ -51,11 +51,11 @@ def measure(
 
     Args:
         prepared: The dataset.
-        name: A trainer's name, of nnU-Net or ours.
+        name: Name of a trainer of nnU-Net or ours.
         fold: Fold.
-        device: Where it is trained.
-        iterations: Iterations that are timed.
-        warm_up: Iterations before them, in which networks are compiled and memory is claimed.
+        device: Device for training.
+        iterations: Number of timed iterations.
+        warm_up: Number of iterations before them, in which networks are compiled and memory is allocated.
     """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
@@ -70,7 +70,7 @@ def measure(
         dataset_json=prepared.dataset_json,
         device=device,
     )
-    # Our trainers need no fingerprint of nnU-Net's, its own trainer does.
+    # nnU-Net's own trainer needs its fingerprint; ours do not.
     with lent_fingerprint(prepared.base):
         trainer.on_train_start()
     trainer.on_train_epoch_start()
@@ -94,7 +94,7 @@ def measure(
 
 
 def report(speeds: Sequence[Speed]) -> str:
-    """A table; ratios are of whole iterations, to the first trainer's."""
+    """A table; ratios compare whole iterations with those of the first trainer."""
     lines = ["| trainer | step (s) | waits for a batch (s) | iteration to the first | GPU memory (MiB) |"]
     lines.append("| --- | --- | --- | --- | --- |")
     first = speeds[0].step + speeds[0].wait
@@ -139,7 +139,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    # Before nnU-Net is imported, which reads it then: what a trainer writes is not kept.
+    # Set before nnU-Net is imported, which reads it on import. The trainers' output is discarded.
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results
         sys.exit(main())

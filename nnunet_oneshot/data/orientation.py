@@ -66,7 +66,7 @@ def in_common_order(volume: np.ndarray, axes: np.ndarray) -> np.ndarray:
     """A view of a volume (C, X, Y, Z) whose indices grow towards z, y and x as nearly as may be."""
     permutation, flips = order_of(axes)
     moved = volume.transpose(0, *(axis + 1 for axis in permutation))
-    return np.flip(moved, [axis + 1 for axis in flips]) if flips else moved
+    return np.flip(moved, tuple(axis + 1 for axis in flips)) if flips else moved
 
 
 def edges_in_common_order(spacing: Sequence[float], axes: np.ndarray) -> tuple[float, ...]:

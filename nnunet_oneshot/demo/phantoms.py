@@ -1,8 +1,8 @@
-"""Generated anatomical phantoms: a small raw nnU-Net dataset of which one training case is labelled.
+"""Generates anatomical phantoms: a small raw nnU-Net dataset with one labelled training case.
 
-Anatomy is defined once, in millimetres around the centre of the body, by signed distances (negative inside). A case is
-that anatomy seen through a smooth diffeomorphic map and a small change of pose and size, on a grid with its own field
-of view and origin, with its own contrast, bias field and noise.
+Signed distances (negative inside) define the anatomy once, in millimetres around the centre of the body. Each case
+warps this anatomy by a smooth diffeomorphic map and a small change of pose and size. It has its own field of view,
+origin, contrast, bias field and noise.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _BOX = 56.0
 def write_phantom_dataset(
     folder: str | Path, *, training_cases: int = 14, test_cases: int = 5, labelled: int = 1, seed: int = 2024
 ) -> None:
-    """Writes a raw nnU-Net dataset of phantoms, with ``imagesTs`` and ``labelsTs`` beside the training folders.
+    """Writes a raw nnU-Net dataset of phantoms, with ``imagesTs`` and ``labelsTs`` next to the training folders.
 
     Args:
-        folder: Dataset folder, named as nnU-Net wants it (``Dataset999_Phantoms``); it must not exist or be empty.
+        folder: Dataset folder with an nnU-Net name (``Dataset999_Phantoms``); must be missing or empty.
         training_cases: Images in ``imagesTr``.
-        test_cases: Images in ``imagesTs``, all with a label in ``labelsTs``.
-        labelled: How many of the training cases have a label in ``labelsTr``.
+        test_cases: Images in ``imagesTs``, each with a label in ``labelsTs``.
+        labelled: Number of training cases with a label in ``labelsTr``.
         seed: The same seed gives the same files.
 
     Raises:
-        OneShotError: The folder holds something already.
+        OneShotError: The folder is not empty.
     """
     folder = Path(folder)
     if is_occupied(folder):
@@ -72,7 +72,7 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
     """One phantom.
 
     Args:
-        rng: Source of everything that varies between cases.
+        rng: Random generator for all variation between cases.
 
     Returns:
         Image (X, Y, Z) int16, label (X, Y, Z) uint8 and the origin (3,) in mm; voxels are ``SPACING`` mm wide.
@@ -84,7 +84,7 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
     anatomy = _warp(_pose(world, rng), rng)
 
     sizes = rng.uniform(0.84, 1.16, size=4)
-    # Organs slide against each other, which no smooth map of the whole body describes.
+    # Organs slide against each other; a smooth map of the whole body cannot describe this.
     left, right, core, arch = (anatomy - shift for shift in rng.uniform(-_SLIDE, _SLIDE, size=(4, 3)))
     distances = {
         "left_lobe": _bean(left, -1, sizes[0]),
@@ -110,7 +110,7 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _pose(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Points (N, 3) under a small rotation (up to about 8 degrees an axis), shift and change of size."""
+    """Points (N, 3) after a small rotation (up to about 8 degrees per axis), shift and change of size."""
     a, b, c = rng.normal(0, np.deg2rad(4.0), size=3)
     turn_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
     turn_y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
@@ -120,7 +120,7 @@ def _pose(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _warp(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Points (N, 3) under the flow of a smooth random velocity field (scaling and squaring on a coarse grid)."""
+    """Points (N, 3) moved by the flow of a smooth random velocity field (scaling and squaring on a coarse grid)."""
     nodes = int(2 * _BOX / _CELL) + 1
     velocity = np.zeros((3, nodes, nodes, nodes))
     for smoothing, deviation in ((2.2, 4.0), (1.1, 1.6)):
@@ -149,7 +149,7 @@ def _ellipsoid(points: np.ndarray, centre: tuple | np.ndarray, semi_axes: tuple 
 
 
 def _bean(points: np.ndarray, side: int, size: float) -> np.ndarray:
-    """Signed distance (N,) to a lobe: an ellipsoid with a notch on its inner side; the two sides mirror each other."""
+    """Signed distance (N,) to a lobe: an ellipsoid with a notch on its inner side; both sides are mirror images."""
     lobe = _ellipsoid(points, (side * 19, 4, 0), np.array([10, 15, 16]) * size)
     notch = _ellipsoid(points, (side * 9, 4, 0), np.array([5, 7, 6]) * size)
     return np.maximum(lobe, -notch)
@@ -164,13 +164,13 @@ def _arch(points: np.ndarray, radius: float, rng: np.random.Generator) -> np.nda
 
 
 def _paint(image: np.ndarray, distance: np.ndarray, value: float) -> np.ndarray:
-    """The image with a structure over it; its border is blurred over about one voxel, as partial volume does."""
+    """The image with a structure painted on it; its border is blurred over about one voxel, like partial volume."""
     share = 1 / (1 + np.exp(np.clip(distance / (SPACING / 4), -30, 30)))
     return image * (1 - share) + value * share
 
 
 def _acquire(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What a scanner makes of the tissue values: texture, contrast, bias field and noise, as int16."""
+    """Simulates a scanner: adds texture, contrast, bias field and noise to tissue values; returns int16."""
     image = image * (1 + 0.05 * _smooth_noise(image.shape, 2.0, rng))
     image = np.clip(image, 1e-3, None) ** rng.uniform(0.75, 1.35)
     image = image * np.exp(0.14 * _smooth_noise(image.shape, 12.0, rng))
@@ -179,7 +179,7 @@ def _acquire(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _smooth_noise(shape: tuple[int, ...], smoothing: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise of zero mean and unit deviation, smoothed over ``smoothing`` voxels."""
+    """Gaussian noise, smoothed over ``smoothing`` voxels, with zero mean and unit standard deviation."""
     noise = gaussian_filter(rng.standard_normal(shape), smoothing, mode="reflect")
     return (noise - noise.mean()) / noise.std()
 

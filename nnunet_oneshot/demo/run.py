@@ -1,4 +1,4 @@
-"""Runs the demonstration: generated phantoms through every step, by the commands a user would type."""
+"""Runs the demonstration: all steps on generated phantoms, with the commands a user would type."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def run_demo(
 
     Args:
         out: A new or empty folder, or the folder of a previous demonstration, which is replaced.
-        trainer: The trainer that ``nnUNetv2_train`` is given.
-        training_cases: Number of training phantoms, of which one is labelled.
+        trainer: Name of the trainer for ``nnUNetv2_train``.
+        training_cases: Number of training phantoms, one of them labelled.
         test_cases: Number of labelled test phantoms.
         seed: Seed of the phantoms.
-        log: Receives each line that is shown.
+        log: Called with each message.
 
     Returns:
         The numbers of ``report.json``.
 
     Raises:
-        OneShotError: ``out`` holds something else, or a command failed.
+        OneShotError: ``out`` contains something else, or a command failed.
     """
     out = Path(out).absolute()
     _claim(out)
@@ -88,7 +88,7 @@ def run_demo(
 
 
 def _commands(trainer: str) -> list[list[str]]:
-    """Every step, with paths relative to the demonstration's folder."""
+    """The commands of all steps, with paths relative to the demonstration's folder."""
     raw, preprocessed = f"nnUNet_raw/{DATASET}", f"nnUNet_preprocessed/{DATASET}"
     run = ["-d", "999", "-c", CONFIGURATION, "-p", PLANS]
     evaluate = ["-djfile", f"{raw}/dataset.json", "-pfile", f"{preprocessed}/{PLANS}.json", "-np", "1"]
@@ -109,7 +109,7 @@ def _commands(trainer: str) -> list[list[str]]:
 
 
 def _claim(out: Path) -> None:
-    """Makes the folder, emptied of a previous demonstration, and marks it as ours."""
+    """Creates the folder or empties it of a previous demonstration, and marks it as ours."""
     if out.exists() and not out.is_dir():
         raise OneShotError(f"{out} is a file: give --out a folder that does not exist yet.")
     if out.is_dir() and any(out.iterdir()):

@@ -20,7 +20,7 @@ from nnunet_oneshot.registration.pair.functional import (
 from nnunet_oneshot.registration.pair.multimodal import mind_ssc, mutual_information
 from nnunet_oneshot.registry import Registry
 
-# An image (B, C, *grid) -> (B,), smaller is more alike.
+# An image (B, C, *grid) -> (B,), smaller is more similar.
 Dissimilarity = Callable[[Tensor], Tensor]
 
 
@@ -103,7 +103,7 @@ def similarity_loss_to(
 def similarity_loss(
     warped: Tensor, fixed: Tensor, mask: Tensor | None = None, *, similarity: str = "lncc", kernel: int = 7
 ) -> Tensor:
-    """Dissimilarity of two images, computed in float32; smaller is more alike.
+    """Dissimilarity of two images, computed in float32; smaller is more similar.
 
     Args:
         warped: (B, C, *grid).

@@ -18,6 +18,7 @@ import SimpleITK as sitk
 
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.evaluation import itk_methods as itk
+from nnunet_oneshot.evaluation import peer_methods as peers
 from nnunet_oneshot.registry import Registry
 
 # An image (C, X, Y, Z) and its 3 voxel edges, mm, array axis order.
@@ -29,11 +30,11 @@ class MethodOptions:
     """What every method is given beside the two volumes.
 
     Attributes:
-        config: Settings of our registration; its affine stage is also the start of B-splines and demons.
+        config: Settings of our registration; its affine stage is also the start of the methods that say so.
         affine_metric: Metric of that stage, see `nnunet_oneshot.registration.pair.affine.register_affine`.
         seed: Of random sampling.
         threads: Of every library.
-        device: Where our deformable stage runs.
+        device: Where our deformable stage and ConvexAdam run.
     """
 
     config: RegistrationConfig
@@ -90,7 +91,7 @@ def method(name: str, **attributes: Any) -> Callable[[Callable], Callable]:
 
 @method("affine", own=True)
 def affine(case: Volume, atlas: Volume, labels: np.ndarray | None, options: MethodOptions) -> FoundPlaces:
-    """The affine stage of our registration alone. It is also the start of `ours`, `bspline` and `demons`."""
+    """The affine stage of our registration alone. It is also the start of `ours` and of the peers that say so."""
     return _by_itk(case, atlas, lambda pair: _affine_transform(pair, options))
 
 
@@ -145,6 +146,30 @@ def demons(case: Volume, atlas: Volume, labels: np.ndarray | None, options: Meth
     )
 
 
+@method("convexadam", libraries=("convexAdam.convex_adam_MIND",), require=peers.require_convexadam)
+def convexadam(case: Volume, atlas: Volume, labels: np.ndarray | None, options: MethodOptions) -> FoundPlaces:
+    """ConvexAdam on MIND features with its defaults, after our affine stage, as it has none of its own; no slices."""
+    return _by_itk(
+        case,
+        atlas,
+        lambda pair: peers.register_convexadam(
+            pair.fixed, pair.moving, _affine_transform(pair, options), device=options.device
+        ),
+    )
+
+
+@method("greedy", libraries=("picsl_greedy",), require=peers.require_greedy)
+def greedy(case: Volume, atlas: Volume, labels: np.ndarray | None, options: MethodOptions) -> FoundPlaces:
+    """Greedy with the settings of its quick start (weighted local correlation) after our affine stage."""
+    return _by_greedy(case, atlas, options, own_affine=False)
+
+
+@method("greedy_own", libraries=("picsl_greedy",), require=peers.require_greedy)
+def greedy_own(case: Volume, atlas: Volume, labels: np.ndarray | None, options: MethodOptions) -> FoundPlaces:
+    """As `greedy`, after Greedy's own affine stage."""
+    return _by_greedy(case, atlas, options, own_affine=True)
+
+
 @dataclass(frozen=True)
 class _ItkPair:
     """A case and an atlas for ITK, in two dimensions where both have one slice.
@@ -187,7 +212,21 @@ def _by_ants(kind: str, case: Volume, atlas: Volume, options: MethodOptions) -> 
     )
 
 
-def _affine_transform(pair: _ItkPair, options: MethodOptions) -> sitk.Transform:
+def _by_greedy(case: Volume, atlas: Volume, options: MethodOptions, *, own_affine: bool) -> FoundPlaces:
+    return _by_itk(
+        case,
+        atlas,
+        lambda pair: peers.register_greedy(
+            pair.fixed,
+            pair.moving,
+            None if own_affine else _affine_transform(pair, options),
+            seed=options.seed,
+            threads=options.threads,
+        ),
+    )
+
+
+def _affine_transform(pair: _ItkPair, options: MethodOptions) -> sitk.AffineTransform:
     from nnunet_oneshot.registration.pair.affine import register_affine
 
     matrix = register_affine(

@@ -290,8 +290,11 @@ def test_missing_ants_is_explained(prepared_dataset, tmp_path, monkeypatch, caps
     assert "nnunet_oneshot[ants]" in capsys.readouterr().err
 
 
-def test_syn_segments_a_case(prepared_dataset, tmp_path):
-    pytest.importorskip("ants")
+@pytest.mark.parametrize(
+    ("method", "package"), [("syn", "ants"), ("greedy", "picsl_greedy"), ("convexadam", "convexAdam")]
+)
+def test_a_peer_segments_a_case(method, package, prepared_dataset, tmp_path):
+    pytest.importorskip(package)
     dataset = prepared_dataset(n_cases=5, shape=(24, 26, 22))
-    assert propagate(dataset, tmp_path / "out", "--method", "syn") == 0
+    assert propagate(dataset, tmp_path / "out", "--method", method) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["foreground_mean"]["Dice"] > 0.5

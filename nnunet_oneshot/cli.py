@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from nnunet_oneshot import __version__
 from nnunet_oneshot.errors import OneShotError, exit_status
+from nnunet_oneshot.registry import load_modules
 
 # Handlers import what they run, so that `--help`, `--version` and `env` answer without loading torch.
 
@@ -486,6 +487,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error that the user can mend.
     """
+    failed = exit_status(load_modules)
+    if failed:
+        return failed
     options = build_parser().parse_args(arguments)
     return exit_status(lambda: options.run(options))
 

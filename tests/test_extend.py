@@ -1,7 +1,10 @@
 """The examples of docs/how_to/extend.md: each new entry works wherever its name can be given."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +13,14 @@ import torch
 from tiny_networks import student
 from tiny_volumes import blobs
 
+from nnunet_oneshot.benchmarks.registration_worker import Worker
 from nnunet_oneshot.cli import main
 from nnunet_oneshot.config import DistillationConfig, OneShotConfig, RegistrationConfig
 from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.teacher import Distiller
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.methods import parse_method
+from nnunet_oneshot.evaluation.registration_methods import MethodOptions
 from nnunet_oneshot.registration.pair.registrar import register_arrays
 from nnunet_oneshot.registries import ABLATIONS, HINTS, REGISTRATION_METHODS, SIMILARITIES
 
@@ -31,7 +36,7 @@ def _entries():
     assert len(blocks) == len(ADDED)
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), {})
-    yield
+    yield "\n".join(blocks)
     for registry, name in ADDED:
         registry.remove(name)
 
@@ -77,6 +82,38 @@ def test_the_baseline_propagates_labels(prepared_dataset, tmp_path):
     # Choices of an option are read when the command is given, so that the new name is among them.
     assert main([*command, "-o", str(tmp_path / "out"), "--method", "stretch"]) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["foreground_mean"]["Dice"] > 0.4
+
+
+@pytest.fixture
+def own_module(_entries, tmp_path, monkeypatch):
+    """The page's entries as a module, which the processes that are started are told of as the page says."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "my_entries.py").write_text(_entries, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "own"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("nnUNet_oneshot_modules", "my_entries")
+
+
+def test_a_module_of_the_user_reaches_the_benchmark(own_module, prepared_dataset, tmp_path, monkeypatch):
+    # This process has the entries already, so that it cannot import them too.
+    with monkeypatch.context() as here:
+        here.delenv("nnUNet_oneshot_modules")
+        dataset = prepared_dataset(n_cases=5)
+    command = ["benchmark", "-d", str(dataset.id), "-c", "3d_fullres", "-p", "nnUNetOneShotCPUPlans"]
+    command += ["--methods", "stretch", "affine", "-o", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, "-m", "nnunet_oneshot.cli", *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["method"] for row in rows} == {"affine", "stretch"}
+
+
+def test_a_module_of_the_user_reaches_the_process_of_a_method(own_module):
+    worker = Worker("stretch", MethodOptions(RegistrationConfig()))
+    case, atlas = ((blobs(shape), (1.0,) * 3) for shape in ((6, 7, 8), (11, 7, 8)))
+    try:
+        places = worker.measure(case, atlas)["places"]
+    finally:
+        worker.close()
+    assert places.shape == (3, 6, 7, 8) and places[0, :, 0, 0].tolist() == [0, 2, 4, 6, 8, 10]
 
 
 def test_the_ablation_gives_its_settings():

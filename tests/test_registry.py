@@ -1,11 +1,12 @@
 """What a registry gives, refuses and tells."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.registry import Registry
+from nnunet_oneshot.registry import MODULES_VARIABLE, Registry, load_modules
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,27 @@ def test_a_name_is_taken_once(registry):
     registry.remove("moo")
     registry.add("moo", Entry)
     assert list(registry) == ["baa", "moo"]
+
+
+def test_modules_of_the_user_are_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("own_sounds_a", "own_sounds_b"):
+        (tmp_path / f"{name}.py").write_text("loud = True\n")
+    monkeypatch.setenv(MODULES_VARIABLE, "own_sounds_a, own_sounds_b,")
+    load_modules()
+    assert {"own_sounds_a", "own_sounds_b"} <= set(sys.modules)
+    for name in ("own_sounds_a", "own_sounds_b"):
+        del sys.modules[name]
+
+
+def test_no_modules_are_nothing(monkeypatch):
+    monkeypatch.delenv(MODULES_VARIABLE, raising=False)
+    load_modules()
+    monkeypatch.setenv(MODULES_VARIABLE, "")
+    load_modules()
+
+
+def test_a_module_that_cannot_be_imported_is_named(monkeypatch):
+    monkeypatch.setenv(MODULES_VARIABLE, "no_such_sounds")
+    with pytest.raises(OneShotError, match="names the module 'no_such_sounds', which cannot be imported.*PYTHONPATH"):
+        load_modules()

@@ -27,6 +27,7 @@ from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, 
 from nnunet_oneshot.locks import end_workers_with_this_process, free, take_or_refuse
 from nnunet_oneshot.names import check_name
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
+from nnunet_oneshot.registry import load_modules
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.synthesis.data_loader import wrap_workers
 from nnunet_oneshot.synthesis.mirroring import decide_mirror_axes
@@ -57,6 +58,7 @@ class OneShotTrainer(nnUNetTrainer):
     ) -> None:
         require_env("nnUNet_preprocessed", "nnUNet_results")
         _check_supported(plans, configuration)
+        load_modules()
         self.config = OneShotConfig.from_plans(plans)
         with writing(os.environ["nnUNet_results"]):
             super().__init__(plans, configuration, fold, dataset_json, device)

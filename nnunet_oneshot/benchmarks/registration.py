@@ -36,6 +36,7 @@ from nnunet_oneshot.io import save_json_atomic, save_text_atomic, writing
 from nnunet_oneshot.registration.pair.functional import folding, identity_grid
 from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
 from nnunet_oneshot.registration.pair.warp import sample_labels
+from nnunet_oneshot.registry import load_modules
 from nnunet_oneshot.versions import versions
 
 _MODULE = "nnunet_oneshot.benchmarks.registration"
@@ -323,6 +324,9 @@ def _number(value: float) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
+    failed = exit_status(load_modules)
+    if failed:
+        return failed
     parser = argparse.ArgumentParser(prog=f"python -m {_MODULE}", description=__doc__.splitlines()[0])
     parser.add_argument("-d", required=True, metavar="DATASET", help="number or name of a preprocessed dataset")
     parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")

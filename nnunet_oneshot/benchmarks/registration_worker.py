@@ -19,6 +19,7 @@ import numpy as np
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS, MethodOptions, Volume
+from nnunet_oneshot.registry import load_modules
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
@@ -136,6 +137,7 @@ def _serve(method: str, requests: BinaryIO, replies: BinaryIO) -> None:
         replies.flush()
 
     options = pickle.load(requests)
+    load_modules()
     # Loaded first, so that neither time nor memory above the start includes them.
     for library in REGISTRATION_METHODS[method].libraries:
         importlib.import_module(library)

@@ -42,20 +42,38 @@ class Baseline:
     lengths: Sequence[int] = (*SHORTER, DEFAULT_EPOCHS)
 
 
+class _Baselines(Registry[Baseline]):
+    """What is added here, and label propagation by every registered peer, also by those that are registered later."""
+
+    @property
+    def _entries(self) -> Mapping[str, Baseline]:
+        """Label propagation by our own methods, then by peers, then the trainings.
+
+        Raises:
+            ValueError: A peer has the name of something else.
+        """
+        peers = {
+            name: Baseline(f"Label propagation by a peer. {peer.meaning}", propagation=name, compared=peer.compared)
+            for name, peer in REGISTRATION_METHODS.items()
+            if not peer.own
+        }
+        taken = sorted(peers.keys() & self._added.keys())
+        if taken:
+            raise ValueError(f"{', '.join(taken)} is a {self.what} already: register the peer by another name.")
+        return dict(sorted({**self._added, **peers}.items(), key=lambda item: item[1].propagation is None))
+
+
 FLOOR, CEILING = "nnunet-atlas", "nnunet-full"
-BASELINES: Registry[Baseline] = Registry("method")
+BASELINES: Registry[Baseline] = _Baselines("method")
 
 
-def _propagated(name: str, meaning: str, *, compared: bool = True) -> None:
-    BASELINES.add(name, Baseline(meaning, propagation=name, compared=compared))
+def _propagated(name: str, meaning: str) -> None:
+    BASELINES.add(name, Baseline(meaning, propagation=name))
 
 
 _propagated("affine", "Label propagation by the affine stage of our registration.")
 _propagated("registration", "Label propagation by our registration.")
 _propagated("corrected", "The same, labels corrected by each image's intensities.")
-for _name, _peer in REGISTRATION_METHODS.items():
-    if not _peer.own:
-        _propagated(_name, f"Label propagation by a peer. {_peer.meaning}", compared=_peer.compared)
 BASELINES.add(FLOOR, Baseline("nnU-Net on the atlas alone.", trainer="OneShotAtlasTrainer"))
 BASELINES.add(
     "propagation",

@@ -6,6 +6,8 @@ from nnunet_oneshot.config import OneShotConfig, merge_settings
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.ablations import ABLATIONS, Ablation
 from nnunet_oneshot.evaluation.methods import BASELINES, default_methods, parse_method, parse_settings, trainer_name
+from nnunet_oneshot.evaluation.propagation import propagation_methods
+from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS, method
 
 
 def test_every_method_trains_or_propagates():
@@ -31,7 +33,48 @@ def test_value_may_be_a_list():
 def test_what_is_compared_unasked_are_the_methods_of_the_documentation():
     compared = "affine registration corrected syn nnunet-atlas propagation synthesis distill nnunet-full"
     assert default_methods() == compared.split()
-    assert {"syncc", "bspline", "demons"} < set(BASELINES)
+    assert {"syncc", "bspline", "demons", "convexadam", "greedy", "greedy_own"} < set(BASELINES)
+
+
+@pytest.fixture
+def late_peer():
+    """A function that registers a peer by a name, after `BASELINES` was made."""
+    names = []
+
+    def register(name, **attributes):
+        @method(name, **attributes)
+        def late(case, atlas, labels, options):
+            """Registered by the user's own code."""
+
+        names.append(name)
+
+    yield register
+    for name in names:
+        REGISTRATION_METHODS.remove(name)
+
+
+def test_a_peer_that_is_registered_later_is_a_method_too(late_peer):
+    before = list(BASELINES)
+    late_peer("late", compared=True)
+    found = parse_method("late:seed=2")
+    assert (found.propagation, found.trainer, found.overrides) == ("late", None, {"seed": 2})
+    assert BASELINES.meaning("late") == "Label propagation by a peer. Registered by the user's own code."
+    assert "late" in default_methods() and "late" in propagation_methods()
+    names = list(BASELINES)
+    # Among the peers, so that tables stay in the order of what they compare.
+    assert names.index("corrected") < names.index("late") == found.place < names.index("nnunet-atlas")
+    assert [name for name in names if name != "late"] == before
+
+
+def test_own_stages_that_are_registered_later_are_no_methods(late_peer):
+    late_peer("stage", own=True)
+    assert "stage" not in BASELINES
+
+
+def test_a_peer_cannot_take_the_name_of_a_training(late_peer):
+    late_peer("distill")
+    with pytest.raises(ValueError, match="distill is a method already"):
+        parse_method("distill")
 
 
 def test_an_ablation_is_named_and_mixed_with_settings():

@@ -485,3 +485,9 @@ def test_a_second_training_in_the_same_folder_is_refused(prepare, make_trainer, 
         process.wait()
     trainer.run_training()
     assert not lock.exists()
+
+
+def test_a_training_imports_the_modules_of_the_user(prepare, make_trainer, monkeypatch):
+    monkeypatch.setenv("nnUNet_oneshot_modules", "no_such_entries")
+    with pytest.raises(OneShotError, match="names the module 'no_such_entries'"):
+        make_trainer(prepare(), "OneShotAtlasTrainer_1epoch")

@@ -65,7 +65,8 @@ def register_greedy(
         threads: Results of more than one thread may vary.
 
     Raises:
-        OneShotError: picsl_greedy is not installed, or an axis has fewer than 4 voxels.
+        OneShotError: picsl_greedy is not installed, an axis has fewer than 4 voxels, or Greedy failed or gave places
+            that are not finite.
     """
     package = require_greedy()
     dim = fixed.GetDimension()
@@ -77,17 +78,22 @@ def register_greedy(
 
     def run(command: str, **objects: object) -> None:
         messages = io.StringIO()
-        tool.execute(f"{shared} {command}", messages, messages, **objects)
+        try:
+            tool.execute(f"{shared} {command}", messages, messages, **objects)
+        except RuntimeError as error:
+            found = " ".join(str(error).split()).rstrip(".")
+            raise OneShotError(f"Greedy failed on this pair ({found}): leave its methods out.") from error
 
     if affine is None:
         run("-a -dof 12 -ia-image-centers -o affine", fixed=fixed, moving=moving, affine=None)
-        affine = _from_ras(tool["affine"])
+        affine = _from_ras(_finite("Greedy", tool["affine"]))
     with tempfile.TemporaryDirectory(prefix="nnunet_oneshot_greedy_") as folder:
         # As a file: picsl_greedy 1.4.0.3 takes no matrix from memory that is not its own.
         matrix = Path(folder) / "affine.mat"
         np.savetxt(matrix, _in_ras(affine))
         run(f'-sv -it "{matrix}" -o warp', fixed=fixed, moving=moving, warp=None)
     # The affine map was applied to the image first, so it comes last on the way from fixed to moving.
+    _finite("Greedy", sitk.GetArrayViewFromImage(tool["warp"]))
     return sitk.CompositeTransform([affine, sitk.DisplacementFieldTransform(tool["warp"])])
 
 
@@ -96,9 +102,9 @@ def register_convexadam(
 ) -> sitk.Transform:
     """ConvexAdam on MIND features with its defaults, after an affine transform (Siebert et al., IEEE TMI 2024).
 
-    It expects two volumes on one grid of equal edges. Both images are resampled to a grid over the fixed image whose
-    voxels are cubes of the volume of the fixed image's voxels, with a size that the spacing of its own grid (6 voxels)
-    divides. Beyond an image its nearest voxel counts. The displacement, voxels in array axis order, is read as mm.
+    It expects two volumes on one grid and searches as many voxels along each axis (24). Both images are resampled to a
+    grid over the fixed image whose voxels are cubes of the volume of the fixed image's voxels, with a size that the
+    spacing of its own grid (6 voxels) divides. Beyond an image its nearest voxel counts. It has no affine stage.
 
     Args:
         fixed: Fixed image of 3 axes, from `nnunet_oneshot.evaluation.itk_methods.to_image`.
@@ -107,7 +113,7 @@ def register_convexadam(
         device: Where it runs; it takes half precision on CUDA, which is its default there.
 
     Raises:
-        OneShotError: convexAdam is not installed, or the images have two axes.
+        OneShotError: convexAdam is not installed, the images have two axes, or it gave places that are not finite.
     """
     import torch
 
@@ -125,7 +131,8 @@ def register_convexadam(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         displacement = tool.convex_adam_pt(*volumes, grid_sp=_CONVEXADAM_GRID, device=place, dtype=precision)
-    in_mm = displacement[..., ::-1] * np.asarray(grid.GetSpacing())
+    # It is in voxels and array axis order; ITK has it in mm and begins with the last axis.
+    in_mm = _finite("ConvexAdam", displacement)[..., ::-1] * np.asarray(grid.GetSpacing())
     field = sitk.GetImageFromArray(np.ascontiguousarray(in_mm, dtype=np.float64), isVector=True)
     field.CopyInformation(grid)
     return sitk.CompositeTransform([affine, sitk.DisplacementFieldTransform(field)])
@@ -139,6 +146,20 @@ def _required(module: str, tool: str, method: str) -> ModuleType:
             f"Method {method} needs {tool}, which is not installed: run `pip install nnunet_oneshot[peers]`, or leave "
             f"the method out."
         ) from error
+
+
+def _finite(tool: str, values: np.ndarray) -> np.ndarray:
+    """The values that a package gave.
+
+    Raises:
+        OneShotError: Some are not finite.
+    """
+    if not np.isfinite(values).all():
+        raise OneShotError(
+            f"{tool} gave places that are not finite, as it does for images without any structure: look at the images "
+            f"of this pair, or leave the method out."
+        )
+    return values
 
 
 def _greedy_iterations(sizes: list[int]) -> str:

@@ -122,6 +122,22 @@ def test_slices_are_refused_by_convexadam():
         peers.register_convexadam(image, image, start(2, edges=(1.0, 1.0)), device="cpu")
 
 
+@pytest.mark.parametrize("name", ["greedy", "greedy_own", "convexadam"])
+def test_images_without_structure_are_told(name):
+    pytest.importorskip({"convexadam": "convexAdam"}.get(name, "picsl_greedy"))
+    empty = (np.zeros((1, 18, 18, 18), np.float32), SPACING)
+    with pytest.raises(OneShotError, match="not finite, as it does for images without any structure"):
+        REGISTRATION_METHODS[name].register(empty, empty, None, MethodOptions(RegistrationConfig()))
+
+
+def test_a_failure_of_greedy_is_a_sentence(monkeypatch):
+    pytest.importorskip("picsl_greedy")
+    monkeypatch.setattr(peers, "_greedy_iterations", lambda sizes: "100x50x10")
+    image = itk.to_image(texture((9, 10, 13))[None], SPACING)
+    with pytest.raises(OneShotError, match="Greedy failed on this pair .*four pixels"):
+        peers.register_greedy(image, image, start(3), seed=0, threads=1)
+
+
 def test_small_volumes_are_registered():
     case = (texture((9, 10, 13))[None], SPACING)
     for name, package in (("greedy", "picsl_greedy"), ("convexadam", "convexAdam")):

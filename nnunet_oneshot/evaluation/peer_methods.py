@@ -93,8 +93,9 @@ def register_greedy(
         np.savetxt(matrix, _in_ras(affine))
         run(f'-sv -it "{matrix}" -o warp', fixed=fixed, moving=moving, warp=None)
     # The affine map was applied to the image first, so it comes last on the way from fixed to moving.
-    _finite("Greedy", sitk.GetArrayViewFromImage(tool["warp"]))
-    return sitk.CompositeTransform([affine, sitk.DisplacementFieldTransform(tool["warp"])])
+    warp = tool["warp"]
+    _finite("Greedy", sitk.GetArrayFromImage(warp))
+    return sitk.CompositeTransform([affine, sitk.DisplacementFieldTransform(warp)])
 
 
 def register_convexadam(

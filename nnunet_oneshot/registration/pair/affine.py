@@ -1,22 +1,48 @@
-"""Affine registration with SimpleITK: several starts, a coarse-to-fine optimisation, and a check against identity."""
+"""Affine registration: several starts descend together on coarse grids, and the best goes on to a finer one."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
-import SimpleITK as sitk
+import torch
+from torch import Tensor
 
 from nnunet_oneshot.intensities import standardised
+from nnunet_oneshot.registration.pair.functional import (
+    correlation_window,
+    downsample,
+    identity_grid,
+    local_moments,
+    masked_mean,
+    sample_at,
+    squared_local_correlation,
+)
+from nnunet_oneshot.registration.pair.grid import RegistrationGrid
+from nnunet_oneshot.registration.pair.multimodal import mutual_information
 
-# Enough voxels for a 12-parameter transform; more only cost time.
-_FINEST_VOXELS = 250_000
-# The optimisation failed if a map stretches or shrinks any direction by more than this factor.
+# The registration failed if a map stretches or shrinks any direction by more than this factor.
 _LARGEST_STRETCH = 2.0
-# Points at which each optimisation step evaluates the metric, drawn with a fixed seed.
-_SAMPLES = 10_000
+# Of the stages (all starts, those that stay apart, the best): voxels of the grid over the moving image, steps, and the
+# weight of the squared Frobenius norm of M^T M - I, M the linear part in mm.
+_STAGES = ((8_000, 40, 0.1), (20_000, 40, 0.1), (60_000, 20, 0.01))
+# Starts that stay after the first stage.
+_KEPT = 3
+# Shifts of the aligned centres along the longest edge of the moving image, shares of it.
+_SHIFTS = (-0.24, -0.12, 0.12, 0.24)
+# Maps that move the moving image apart by less than this share of its longest edge, in the mean, are one.
+_SAME_MAP = 0.06
+# Step of Adam, voxels of the stage's grid at its first step; it falls linearly to a tenth.
+_STEP = 1.0
+# Weight of the global metric beside the squared local correlation.
+_GLOBAL = 1.0
+# Adam's divisor: without it, the rounding of a gradient that vanishes would become a step.
+_SMALLEST_GRADIENT = 1e-4
+_WINDOW = 5
+# Axes of the fixed image are not downsampled below this many voxels; shorter ones cannot be registered.
+_SHORTEST_AXIS = 4
 
 
 @dataclass(frozen=True)
@@ -25,16 +51,19 @@ class AffineResult:
 
     Attributes:
         matrix: (D + 1, D + 1) float64, fixed voxel coordinates -> moving voxel coordinates, array axis order.
-        start: Name of the start that led to it: ``"initial"``, ``"centre"``, ``"moments"``, or ``"identity"`` if no
-            optimisation improved on the initial alignment.
-        metric_before: Metric of the two volumes before any optimisation (smaller is better; correlation: -1 is best).
-        metric_after: The same metric after registration.
+        start: Name of the start that led to it: ``"initial"``, ``"centre"``, ``"moments"``, ``"shift"`` along the
+            longest edge, or ``"identity"`` if no optimisation improved on the initial alignment.
+        metric_before: Objective of the two volumes before any optimisation, see `register_affine`; smaller is better.
+        metric_after: The same objective after registration.
+        margin: By how much the objective of the best map that leads elsewhere is worse; infinite where all starts led
+            to one map. Small values mean that images alone hardly tell which of the two is right.
     """
 
     matrix: np.ndarray
     start: str
     metric_before: float
     metric_after: float
+    margin: float = np.inf
 
 
 def centre_alignment(
@@ -62,195 +91,245 @@ def register_affine(
     moving_spacing: Sequence[float],
     initial: np.ndarray | None = None,
     metric: str = "correlation",
+    device: torch.device | str = "cpu",
 ) -> AffineResult:
     """Registers ``moving`` to ``fixed`` with an affine transform.
 
-    Each start (the initial map if given, centres of the grids, centres of mass) is optimised at half resolution. The
-    start with the best metric is then optimised at full resolution. Maps that stretch or shrink any direction more
-    than twofold are discarded. If no optimised map improves on the initial map and on aligned centres, the better of
-    those two is the result. Runs single-threaded, so that equal inputs give equal results.
+    The objective is minus the squared local correlation and a global metric, both on a grid over the moving image where
+    the fixed one was observed and lowered by up to half where little of the smaller image overlaps the other, plus a
+    penalty on stretching and shearing. All starts (the initial map if given, aligned centres, centres of mass, and
+    centres shifted along the longest edge) descend at once by Adam on a coarse grid; the best that lead to different
+    maps go on to a finer one, and the best of these to the finest. Maps that stretch or shrink any direction more than
+    twofold are discarded. If no optimised map improves on the initial map and on aligned centres, the better of those
+    two is the result.
 
     Args:
-        fixed: (C, *shape) image with D = 2 or 3 spatial axes; channels are standardised, then averaged.
+        fixed: (C, *shape) image with D = 2 or 3 spatial axes; channels are standardised.
         moving: (C, *shape), any grid.
         fixed_spacing: D voxel edges of ``fixed``, mm, array axis order.
         moving_spacing: D voxel edges of ``moving``, mm, array axis order.
         initial: (D + 1, D + 1) rigid map fixed voxel -> moving voxel, for example from the file headers. It adds a
             start, and all other starts use its rotation. None: the axes of both volumes point the same way.
-        metric: ``"correlation"``, or ``"mutual_information"`` (Mattes) for images of different contrast.
+        metric: The global one: ``"correlation"``, or ``"mutual_information"`` for images of different contrast.
+        device: Where it runs.
 
     Returns:
         The map fixed voxel -> moving voxel.
     """
-    dim = fixed.ndim - 1
-    fixed_frame = np.diag([*map(float, fixed_spacing), 1.0])
-    moving_frame = (
-        np.diag([*map(float, moving_spacing), 1.0]) if initial is None else fixed_frame @ np.linalg.inv(initial)
-    )
-    centred = np.linalg.inv(moving_frame) @ fixed_frame
-    centred[:dim, dim] = _centre(moving) - centred[:dim, :dim] @ _centre(fixed)
-    pair = _ImagePair(_to_sitk(fixed, fixed_frame), _to_sitk(moving, moving_frame), metric)
-    geometry = sitk.CenteredTransformInitializer(
-        pair.fixed, pair.moving, sitk.AffineTransform(dim), sitk.CenteredTransformInitializerFilter.GEOMETRY
-    )
-    baselines = [(centred, pair.evaluate(geometry))]
-    given = sitk.AffineTransform(dim)
-    if initial is not None:
-        baselines.append((np.asarray(initial, float), pair.evaluate(given)))
-    unoptimised, before = min(baselines, key=lambda baseline: _order(baseline[1]))
-    unchanged = AffineResult(unoptimised, "identity", before, before)
-    if min(min(fixed.shape[1:]), min(moving.shape[1:])) < 4 or not np.isfinite(before):
+    frames = _Frames(fixed.shape[1:], moving.shape[1:], tuple(fixed_spacing), tuple(moving_spacing))
+    images = [torch.from_numpy(standardised(image))[None].to(device) for image in (fixed, moving)]
+    stages = [_Stage(*images, frames, voxels, penalty, metric) for voxels, _, penalty in _STAGES]
+    given = frames.in_mm(centre_alignment(*frames.both) if initial is None else initial)
+    names, maps = _starts(*images, frames, given, rotated=initial is not None)
+    unmoved = 1 if initial is None else 2
+    with torch.no_grad():
+        baselines = stages[1].objective(maps[:unmoved])
+    first = int(baselines.argmin())
+    before = float(baselines[first])
+    unchanged = AffineResult(frames.in_voxels(maps[first]), "identity", before, before)
+    if min(*fixed.shape[1:], *moving.shape[1:]) < _SHORTEST_AXIS:
         return unchanged
-    starts = [] if initial is None or np.allclose(initial, centred, atol=1e-3) else [("initial", given)]
-    # Identity comes first, so that it wins ties: nothing moves unless the metric improves.
-    candidates = [("identity", geometry, before), *_optimised(pair, [*starts, *_centred_starts(pair)])]
-    name, best, after = min(candidates, key=lambda candidate: _order(candidate[2]))
-    if name == "identity":
+    maps, losses = _descended(stages[0], maps, _STAGES[0][1])
+    kept = _distinct(maps, losses, stages[0])[:_KEPT]
+    if not kept:
         return unchanged
-    return AffineResult(_voxel_matrix(best, fixed_frame, moving_frame), name, before, after)
-
-
-# Name of its start, transform and metric.
-_Candidate = tuple[str, sitk.AffineTransform, float]
+    maps, losses = _descended(stages[1], maps[kept], _STAGES[1][1])
+    order = _distinct(maps, losses, stages[1])
+    if not order or not float(losses[order[0]]) < before:
+        return unchanged
+    best = order[0]
+    margin = float(losses[order[1]] - losses[best]) if len(order) > 1 else np.inf
+    finest, loss = _descended(stages[2], maps[best : best + 1], _STAGES[2][1], step=_STEP / 2)
+    chosen = finest[0] if torch.isfinite(loss[0]) else maps[best]
+    return AffineResult(frames.in_voxels(chosen), names[kept[best]], before, float(losses[best]), margin)
 
 
 @dataclass(frozen=True)
-class _ImagePair:
-    """Two images and the metric to optimise between them."""
+class _Frames:
+    """Shapes and voxel edges (mm) of both images. Millimetres are counted from their centres, along their axes."""
 
-    fixed: sitk.Image
-    moving: sitk.Image
-    metric: str
+    fixed_shape: tuple[int, ...]
+    moving_shape: tuple[int, ...]
+    fixed_spacing: tuple[float, ...]
+    moving_spacing: tuple[float, ...]
 
-    def evaluate(self, transform: sitk.Transform) -> float:
-        """The metric at full resolution; NaN where it cannot be computed."""
-        method = _method(self.metric)
-        method.SetInitialTransform(transform)
-        try:
-            return float(method.MetricEvaluate(self.fixed, self.moving))
-        except RuntimeError:
-            return float("nan")
+    @property
+    def both(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+        return self.fixed_shape, self.moving_shape, self.fixed_spacing, self.moving_spacing
 
+    @property
+    def extents(self) -> np.ndarray:
+        """Edges of the moving image, mm."""
+        return np.multiply(self.moving_shape, self.moving_spacing)
 
-def _centred_starts(pair: _ImagePair) -> list[tuple[str, sitk.AffineTransform]]:
-    """Starts that align the centres of the grids, and the centres of mass."""
-    filters = sitk.CenteredTransformInitializerFilter
-    starts = []
-    for name, operation in (("centre", filters.GEOMETRY), ("moments", filters.MOMENTS)):
-        with contextlib.suppress(RuntimeError):
-            # A constant image has no centre of mass.
-            start = sitk.CenteredTransformInitializer(
-                _shifted(pair.fixed), _shifted(pair.moving), sitk.AffineTransform(pair.fixed.GetDimension()), operation
-            )
-            starts.append((name, start))
-    return starts
+    def in_mm(self, matrix: np.ndarray) -> np.ndarray:
+        """A map fixed voxel -> moving voxel as the map moving mm -> fixed mm, both (D + 1, D + 1)."""
+        return _frame(self.fixed_shape, self.fixed_spacing) @ np.linalg.inv(matrix) @ self._from_moving
 
+    def in_voxels(self, transform: Tensor) -> np.ndarray:
+        """A map moving mm -> fixed mm as the map fixed voxel -> moving voxel, both (D + 1, D + 1)."""
+        in_mm = transform.detach().cpu().double().numpy()
+        return self._from_moving @ np.linalg.inv(in_mm) @ _frame(self.fixed_shape, self.fixed_spacing)
 
-def _optimised(pair: _ImagePair, starts: Sequence[tuple[str, sitk.AffineTransform]]) -> list[_Candidate]:
-    """All starts optimised at half resolution, and the best of these at full resolution."""
-    found = [result for start in starts if (result := _descended(pair, start, shrink=2))]
-    if found:
-        name, transform, _ = min(found, key=lambda candidate: _order(candidate[2]))
-        finest = _descended(pair, (name, transform), shrink=1)
-        found += [finest] if finest else []
-    return found
+    @property
+    def _from_moving(self) -> np.ndarray:
+        return np.linalg.inv(_frame(self.moving_shape, self.moving_spacing))
 
 
-def _descended(pair: _ImagePair, start: tuple[str, sitk.AffineTransform], *, shrink: int) -> _Candidate | None:
-    """The result of optimising from one start; None if it fails or is implausible."""
-    name, transform = start
-    try:
-        affine = _optimise(pair, transform, shrink=shrink)
-    except RuntimeError:
-        # The images no longer overlap; the other starts remain.
-        return None
-    return (name, affine, pair.evaluate(affine)) if _is_plausible(affine) else None
+def _frame(shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
+    """Voxel -> mm from the centre, (D + 1, D + 1)."""
+    frame = np.diag([*map(float, spacing), 1.0])
+    frame[:-1, -1] = -np.multiply(spacing, np.subtract(shape, 1)) / 2
+    return frame
 
 
-def _centre(image: np.ndarray) -> np.ndarray:
-    return (np.array(image.shape[1:]) - 1) / 2
+def _starts(
+    fixed: Tensor, moving: Tensor, frames: _Frames, given: np.ndarray, *, rotated: bool
+) -> tuple[list[str], Tensor]:
+    """Names and maps moving mm -> fixed mm, (S, D + 1, D + 1), of all starts; the unmoved ones come first."""
+    centred = given.copy()
+    centred[:-1, -1] = 0
+    masses = centred.copy()
+    centre_of_fixed = _centre_of_mass(fixed, frames.fixed_spacing)
+    masses[:-1, -1] = centre_of_fixed - masses[:-1, :-1] @ _centre_of_mass(moving, frames.moving_spacing)
+    found = [("initial", given), ("centre", centred)] if rotated else [("centre", centred)]
+    found.append(("moments", masses))
+    longest = int(frames.extents.argmax())
+    for share in _SHIFTS:
+        shifted = centred.copy()
+        shifted[:-1, -1] = shifted[:-1, longest] * share * frames.extents[longest]
+        found.append(("shift", shifted))
+    maps = torch.from_numpy(np.stack([matrix for _, matrix in found])).to(fixed)
+    return [name for name, _ in found], maps
 
 
-def _order(value: float) -> float:
-    """Sorting key of a metric: values that could not be computed come last."""
-    return value if np.isfinite(value) else np.inf
+def _centre_of_mass(image: Tensor, spacing: Sequence[float]) -> np.ndarray:
+    """Of the mean of the channels above its minimum, mm from the centre; 0 for a constant image."""
+    mass = image[0].mean(0)
+    mass = (mass - mass.min()).double()
+    total = mass.sum()
+    if total <= 0:
+        return np.zeros(mass.ndim)
+    others = [tuple(axis for axis in range(mass.ndim) if axis != kept) for kept in range(mass.ndim)]
+    profiles = [mass.sum(axes) if axes else mass for axes in others]
+    means = [
+        float((profile * torch.arange(len(profile), dtype=torch.float64, device=mass.device)).sum() / total)
+        for profile in profiles
+    ]
+    return (np.array(means) - (np.array(mass.shape) - 1) / 2) * np.asarray(spacing, float)
 
 
-def _to_sitk(image: np.ndarray, frame: np.ndarray) -> sitk.Image:
-    """Mean of the standardised channels as a SimpleITK image of at most ``_FINEST_VOXELS`` voxels.
+class _Stage:
+    """The objective on one grid over the moving image.
 
-    ``frame`` (D + 1, D + 1) maps voxels to mm, both in array axis order.
+    Args:
+        fixed: (1, C, *shape), standardised.
+        moving: (1, C, *shape), standardised.
+        frames: Their shapes and voxel edges.
+        voxels: Largest number of voxels of the grid.
+        penalty: Weight of stretching and shearing.
+        metric: See `register_affine`.
     """
-    dim = image.ndim - 1
-    result = sitk.GetImageFromArray(np.asarray(np.mean(standardised(image), axis=0, dtype=np.float32)))
-    spacing = np.linalg.norm(frame[:dim, :dim], axis=0)
-    result.SetSpacing(spacing[::-1].tolist())
-    result.SetDirection((frame[:dim, :dim] / spacing)[::-1, ::-1].ravel().tolist())
-    result.SetOrigin(frame[:dim, dim][::-1].tolist())
-    factor = 1
-    while result.GetNumberOfPixels() / factor ** image[0].ndim > _FINEST_VOXELS:
-        factor += 1
-    if factor > 1:
-        shrink = [factor if n >= 8 * factor else 1 for n in result.GetSize()]
-        result = sitk.BinShrink(result, shrink)
-    return result
+
+    def __init__(self, fixed: Tensor, moving: Tensor, frames: _Frames, voxels: int, penalty: float, metric: str) -> None:
+        grid = RegistrationGrid.over(frames.moving_shape, frames.moving_spacing, voxels)
+        self.shape, self.spacing = grid.shape, grid.spacing
+        self._moving = downsample(moving, grid.shape)
+        edge = min(grid.spacing)
+        sizes = [
+            max(min(n, _SHORTEST_AXIS), round(n * min(1.0, spacing / edge)))
+            for n, spacing in zip(frames.fixed_shape, frames.fixed_spacing, strict=True)
+        ]
+        self._fixed = downsample(fixed, sizes)
+        self._sizes = fixed.new_tensor(sizes)[:, None]
+        edges = np.multiply(frames.fixed_spacing, frames.fixed_shape) / sizes
+        self._edges = fixed.new_tensor(edges.tolist())[:, None]
+        centre = fixed.new_tensor([(n - 1) / 2 for n in grid.shape])[:, None]
+        places = identity_grid(grid.shape, device=fixed.device).flatten(1) - centre
+        self.places = places * fixed.new_tensor(grid.spacing)[:, None]
+        self._window = correlation_window(_WINDOW, grid.shape)
+        self._moments = local_moments(self._moving, self._window)
+        volumes = [prod(np.multiply(n, s)) for n, s in zip(frames.both[:2], frames.both[2:], strict=True)]
+        self._largest_overlap = min(1.0, volumes[0] / volumes[1])
+        self._penalty, self._metric = penalty, metric
+
+    def objective(self, maps: Tensor) -> Tensor:
+        """(K,) of maps moving mm -> fixed mm (K, D + 1, D + 1); smaller is better."""
+        linear = maps[:, :-1, :-1]
+        places = linear @ self.places + maps[:, :-1, -1:]
+        read = places / self._edges + (self._sizes - 1) / 2
+        inside = ((read > -0.5) & (read < self._sizes - 0.5)).all(1).to(read.dtype).view(-1, 1, *self.shape)
+        fixed = sample_at(self._fixed.expand(len(maps), *self._fixed.shape[1:]), read.view(len(maps), -1, *self.shape))
+        moving, *moments = (v.expand(len(maps), *v.shape[1:]) for v in (self._moving, *self._moments))
+        local = squared_local_correlation(fixed, moving, self._window, moments=(moments[0], moments[1]))
+        similarity = masked_mean(local, inside) + _GLOBAL * self._globally(fixed, moving, inside)
+        overlap = (inside.flatten(1).mean(1) / self._largest_overlap).clamp(max=1)
+        stretch = (linear.transpose(1, 2) @ linear - torch.eye(linear.shape[-1], device=linear.device)).square()
+        return self._penalty * stretch.sum((1, 2)) - similarity * (1 + overlap) / 2
+
+    def _globally(self, fixed: Tensor, moving: Tensor, inside: Tensor) -> Tensor:
+        if self._metric == "mutual_information":
+            return mutual_information(fixed, moving, inside).mean(1)
+        fixed, moving = fixed.mean(1, keepdim=True), moving.mean(1, keepdim=True)
+        axes = (-1, *[1] * (fixed.ndim - 1))
+        fixed, moving = (image - masked_mean(image, inside).view(axes) for image in (fixed, moving))
+        both, *each = (masked_mean(product, inside) for product in (fixed * moving, fixed**2, moving**2))
+        return both / (each[0] * each[1] + 1e-6).sqrt()
 
 
-def _shifted(image: sitk.Image) -> sitk.Image:
-    """The image with its minimum at 0, since centres of mass need non-negative weights."""
-    low = float(sitk.GetArrayViewFromImage(image).min())
-    return image - low
-
-
-def _method(metric: str) -> sitk.ImageRegistrationMethod:
-    method = sitk.ImageRegistrationMethod()
-    if metric == "mutual_information":
-        method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
-    else:
-        method.SetMetricAsCorrelation()
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetNumberOfThreads(1)
-    return method
-
-
-def _optimise(pair: _ImagePair, start: sitk.AffineTransform, *, shrink: int) -> sitk.AffineTransform:
-    """Gradient descent on the metric at one resolution; shrinking never leaves an axis under 8 voxels."""
-    fixed_image = pair.fixed
-    factor = max(1, min(shrink, min(fixed_image.GetSize()) // 8))
-    spacing = float(np.mean(fixed_image.GetSpacing()))
-    method = _method(pair.metric)
-    method.SetShrinkFactorsPerLevel([factor])
-    method.SetSmoothingSigmasPerLevel([0.5 * factor * spacing])
-    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    voxels = fixed_image.GetNumberOfPixels() / factor ** fixed_image.GetDimension()
-    if voxels > _SAMPLES:
-        method.SetMetricSamplingStrategy(sitk.ImageRegistrationMethod.RANDOM)
-        method.SetMetricSamplingPercentage(_SAMPLES / voxels, seed=1)
-    method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=spacing, minStep=1e-2 * spacing, numberOfIterations=100, relaxationFactor=0.5
+def _descended(stage: _Stage, maps: Tensor, iterations: int, *, step: float = _STEP) -> tuple[Tensor, Tensor]:
+    """Maps (K, D + 1, D + 1) after Adam on a stage's objective, and the objective (K,), infinite where implausible."""
+    dim = maps.shape[-1] - 1
+    edge = min(stage.spacing)
+    # A step of the linear part moves the border of the image about as far as a step of the translation.
+    border = float(np.mean(np.multiply(stage.shape, stage.spacing))) / 2
+    linear, shift = (torch.zeros_like(part).requires_grad_(True) for part in (maps[:, :dim, :dim], maps[:, :dim, dim]))
+    rates = (step * edge / border, step)
+    optimizer = torch.optim.Adam(
+        [{"params": [linear], "lr": rates[0]}, {"params": [shift], "lr": rates[1]}], eps=_SMALLEST_GRADIENT
     )
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetInitialTransform(start, inPlace=False)
-    result = method.Execute(fixed_image, pair.moving)
-    return result.GetNthTransform(0).Downcast() if isinstance(result, sitk.CompositeTransform) else result.Downcast()
+    for iteration in range(iterations):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - 0.9 * iteration / iterations)
+        optimizer.zero_grad(set_to_none=True)
+        stage.objective(_moved(maps, linear, edge * shift)).sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = _moved(maps, linear, edge * shift)
+        losses = stage.objective(found)
+    plausible = torch.tensor([_is_plausible(matrix[:dim, :dim]) for matrix in found], device=maps.device)
+    return found, torch.where(plausible & torch.isfinite(losses), losses, torch.inf)
 
 
-def _is_plausible(transform: sitk.AffineTransform) -> bool:
-    """Whether a linear transform between mm spaces is finite and stretches no direction too much."""
-    dim = transform.GetDimension()
-    linear = np.array(transform.GetMatrix()).reshape(dim, dim)
-    if not np.all(np.isfinite([*transform.GetMatrix(), *transform.GetTranslation()])):
+def _moved(maps: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
+    """Maps M p + t with M (1 + ``linear``) and t + ``shift``, (K, D + 1, D + 1)."""
+    dim = linear.shape[-1]
+    new = maps[:, :dim, :dim] @ (torch.eye(dim, device=maps.device) + linear)
+    upper = torch.cat([new, (maps[:, :dim, dim] + shift)[..., None]], dim=2)
+    return torch.cat([upper, maps[:, dim:]], dim=1)
+
+
+def _distinct(maps: Tensor, losses: Tensor, stage: _Stage) -> list[int]:
+    """Maps that lead to different places, best first; those with an infinite objective are left out."""
+    far = _SAME_MAP * max(np.multiply(stage.shape, stage.spacing))
+    chosen: list[int] = []
+    for index in losses.argsort().tolist():
+        if torch.isfinite(losses[index]) and all(
+            float(_distance(maps[index], maps[other], stage.places)) > far for other in chosen
+        ):
+            chosen.append(index)
+    return chosen
+
+
+def _distance(first: Tensor, second: Tensor, places: Tensor) -> Tensor:
+    """Mean distance of where two maps lead, mm."""
+    difference = first - second
+    return (difference[:-1, :-1] @ places + difference[:-1, -1:]).norm(dim=0).mean()
+
+
+def _is_plausible(linear: Tensor) -> bool:
+    """Whether a linear map between mm is finite and stretches no direction too much."""
+    if not bool(torch.isfinite(linear).all()):
         return False
-    stretches = np.linalg.svd(linear, compute_uv=False)
+    stretches = torch.linalg.svdvals(linear)
     return bool(stretches[0] <= _LARGEST_STRETCH and stretches[-1] >= 1 / _LARGEST_STRETCH)
-
-
-def _voxel_matrix(transform: sitk.AffineTransform, fixed_frame: np.ndarray, moving_frame: np.ndarray) -> np.ndarray:
-    """A SimpleITK linear transform between mm spaces (x, y, z) as a map between voxels in array axis order."""
-    dim = len(fixed_frame) - 1
-    linear = np.array(transform.GetMatrix()).reshape(dim, dim)
-    centre = np.array(transform.GetCenter())
-    matrix = np.eye(dim + 1)
-    matrix[:dim, :dim] = linear[::-1, ::-1]
-    matrix[:dim, dim] = (centre + np.array(transform.GetTranslation()) - linear @ centre)[::-1]
-    return np.linalg.inv(moving_frame) @ matrix @ fixed_frame

@@ -126,6 +126,7 @@ class AtlasRegistrar:
                 moving_spacing=self._spacing,
                 initial=initial,
                 metric=SIMILARITIES[self.config.similarity].affine_metric,
+                device=self.device,
             )
             affine, start = result.matrix, result.start
         else:

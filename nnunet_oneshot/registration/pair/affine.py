@@ -231,7 +231,9 @@ class _Stage:
         metric: See `register_affine`.
     """
 
-    def __init__(self, fixed: Tensor, moving: Tensor, frames: _Frames, voxels: int, penalty: float, metric: str) -> None:
+    def __init__(
+        self, fixed: Tensor, moving: Tensor, frames: _Frames, voxels: int, penalty: float, metric: str
+    ) -> None:
         grid = RegistrationGrid.over(frames.moving_shape, frames.moving_spacing, voxels)
         self.shape, self.spacing = grid.shape, grid.spacing
         self._moving = downsample(moving, grid.shape)

@@ -370,6 +370,10 @@ def _register(options: argparse.Namespace) -> None:
         device=options.device,
         figures=not options.no_figures,
         guide=options.guide,
+        num_processes=options.np,
+        num_parts=options.num_parts,
+        part_id=options.part_id,
+        scheduler=options.scheduler,
     )
 
 
@@ -385,6 +389,11 @@ def _add_register(subparsers: argparse._SubParsersAction) -> None:
     _add_device(parser, "the deformable stage runs")
     parser.add_argument("--no_figures", action="store_true", help="draw no pictures")
     _add_guide(parser)
+    add = parser.add_argument
+    add("-np", type=int, metavar="N", help="processes (default: nnUNet_def_n_proc, else up to 8)")
+    add("-num_parts", "--num_parts", type=int, default=1, metavar="N", help="of a job array (default: 1)")
+    add("-part_id", "--part_id", type=int, default=0, metavar="K", help="the part to register, 0 to N - 1 (default: 0)")
+    add("--scheduler", metavar="ADDRESS", help="a dask cluster that registers instead of this machine")
     parser.set_defaults(run=_register)
 
 

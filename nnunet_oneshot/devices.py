@@ -11,6 +11,18 @@ import torch
 from nnunet_oneshot.errors import OneShotError
 
 
+def named_device(name: str) -> torch.device:
+    """The device of this name, of which this machine may have none.
+
+    Raises:
+        OneShotError: The name is none of a device.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise OneShotError(f"Device {name!r} is not known ({error}): use cpu, cuda or mps.") from error
+
+
 def usable_device(name: str) -> torch.device:
     """The device of this name.
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -16,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_oneshot.errors import OneShotError
+
+# A folder of more entries than this is not searched for leftovers again before so many seconds have passed: else the
+# cost of writing many files into one folder would grow with the square of their number.
+_MANY_ENTRIES, _PAUSE_SECONDS = 500, 10.0
+_SEARCH_AGAIN: dict[Path, float] = {}
 
 
 @contextmanager
@@ -61,13 +67,17 @@ def _machine() -> str:
 
 def _clear_leftovers(folder: Path) -> None:
     """Removes what killed processes of this machine left in a folder; restores the folders that they had put aside."""
+    if time.monotonic() < _SEARCH_AGAIN.get(folder, 0.0):
+        return
     pattern = re.compile(rf"\.(partial|previous)-{_machine()}-(\d+)-[a-z0-9_]{{8}}-(.+)")
     try:
-        with os.scandir(folder) as entries:
-            found = [match for entry in entries if (match := pattern.fullmatch(entry.name))]
+        names = os.listdir(folder)
     except OSError:
         # Whoever writes there tells it better.
         return
+    if len(names) > _MANY_ENTRIES:
+        _SEARCH_AGAIN[folder] = time.monotonic() + _PAUSE_SECONDS
+    found = [match for name in names if name.startswith(".p") and (match := pattern.fullmatch(name))]
     for match in found:
         kind, process, name = match.groups()
         if _is_alive(int(process)):

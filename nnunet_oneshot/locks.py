@@ -129,6 +129,20 @@ def ending_with_parent() -> Callable[[], None] | None:
     return ask
 
 
+def end_with(parent: int) -> None:
+    """Called in a process that was started, not forked: it is ended with its parent, even where that one is killed.
+
+    Only Linux does it; elsewhere nothing changes.
+
+    Args:
+        parent: Number of the process that started this one.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
 @lru_cache(maxsize=1)
 def end_workers_with_this_process() -> None:
     """From now on forked workers end when this process is killed; they would wait for it for ever."""

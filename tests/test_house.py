@@ -40,6 +40,7 @@ ALLOWED_FUNCTIONS = {
     "nnunet_oneshot/evaluation/benchmark.py:run_benchmark": "one parameter for each option of `benchmark`",
     "nnunet_oneshot/evaluation/propagation.py:propagate": "one parameter for each option of `propagate`",
     "nnunet_oneshot/export.py:export_model": "one parameter for each option of `export`",
+    "nnunet_oneshot/registration/dataset/command.py:register": "one parameter for each option of `register`",
     "nnunet_oneshot/registration/pair/registrar.py:register_arrays": "the entrance for callers with arrays alone: "
     "two volumes, and by name what may be known of them",
 }

@@ -8,7 +8,9 @@ from functools import partial
 
 import torch
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from nnunet_oneshot.data.parallel import default_processes
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registration.dataset.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
@@ -78,7 +80,15 @@ class WarpingTrainer(OneShotTrainer):
     @property
     def registrar(self) -> DatasetRegistrar:
         """Registers the atlases of the fold."""
-        return DatasetRegistrar(self.prepared, self.config, self.roles.atlases, self.device, self.print_to_log_file)
+        return DatasetRegistrar(
+            self.prepared,
+            self.config,
+            self.roles.atlases,
+            self.device,
+            self.print_to_log_file,
+            # As many as make patches later, which do not run yet.
+            num_processes=min(default_processes(), max(1, get_allowed_n_proc_DA())),
+        )
 
     def _check_guide(self) -> None:
         """Rejects a guide that this training would overwrite."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,9 @@ from nnunet_oneshot.data.written import check_written_cases
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env
 from nnunet_oneshot.names import check_name, inside
+
+# Images and properties; the label of an image in `.npz` lies in the same file.
+_FILES_OF_A_CASE = (".b2nd", ".npy", ".npz", ".pkl")
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,18 @@ class PreparedDataset:
         """Checksum of the preprocessed image, its shape included."""
         image = self.image(case)
         return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+
+    def stamp(self, case: str) -> list[list[Any]]:
+        """Name, size (bytes) and time of change (ns) of a case's preprocessed files, a separate label's left out.
+
+        As long as it stays the same, so do image and properties: they need not be read to know.
+        """
+        found = []
+        for suffix in _FILES_OF_A_CASE:
+            with suppress(FileNotFoundError):
+                status = os.stat(self.folder / f"{case}{suffix}")
+                found.append([f"{case}{suffix}", status.st_size, status.st_mtime_ns])
+        return found
 
     def score_labels(self) -> dict[str, Any]:
         """Name to label value, or to the label values of a region, of everything that is scored."""

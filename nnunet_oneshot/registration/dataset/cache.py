@@ -1,6 +1,6 @@
 """Registrations on disk: one compressed array file and one JSON file per pair, written atomically.
 
-<dataset>/oneshot_registrations/<data identifier>/<atlas>/<case>.npz    affine, velocity, shapes
+<dataset>/oneshot_registrations/<data identifier>/<atlas>/<case>.npz    affine, packed velocity, shapes
                                                           <case>.json   quality, parameters, versions, checksum
                                                           <case>.png    picture
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +21,9 @@ from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic, 
 from nnunet_oneshot.registration.pair.registration import Registration
 
 FOLDER = "oneshot_registrations"
+PairState = Literal["current", "outdated", "damaged", "missing"]
+# Steps a voxel of the velocities in a file.
+_STEPS = 64
 
 
 class RegistrationCache:
@@ -31,20 +36,39 @@ class RegistrationCache:
         """File of a pair; ``suffix`` is ``".npz"``, ``".json"`` or ``".png"``."""
         return self.folder / atlas / f"{case}{suffix}"
 
-    def is_current(self, atlas: str, case: str, key: str) -> bool:
+    def state(self, atlas: str, case: str, key: str) -> PairState:
         """Whether the pair exists, is undamaged, and was made from the inputs and parameters behind ``key``."""
-        record = self._record(atlas, case)
-        return record is not None and record["key"] == key and record["checksum"] == self._checksum(atlas, case)
-
-    def is_damaged(self, atlas: str, case: str) -> bool:
-        """Whether the pair was written but its files no longer match each other."""
         if not self.path(atlas, case, ".json").is_file():
-            return False
-        record = self._record(atlas, case)
-        return record is None or record["checksum"] != self._checksum(atlas, case)
+            return "missing"
+        record = self.record(atlas, case)
+        if record is None or record["checksum"] != self._checksum(atlas, case):
+            return "damaged"
+        return "current" if record["key"] == key else "outdated"
 
-    def save(self, registration: Registration, *, key: str, parameters: dict, versions: dict) -> None:
-        """Writes a pair. The JSON file comes last and marks the pair as complete."""
+    def record(self, atlas: str, case: str) -> dict[str, Any] | None:
+        """The content of a pair's JSON file; None where it is missing or damaged. The arrays are not looked at."""
+        path = self.path(atlas, case, ".json")
+        if not path.is_file():
+            return None
+        try:
+            record = load_json_checked(path, "the registration record")
+        except OneShotError:
+            return None
+        return record if _is_complete(record) else None
+
+    def save(self, registration: Registration, *, key: str, sources: dict, parameters: dict, versions: dict) -> None:
+        """Writes a pair. The JSON file comes last and marks the pair as complete.
+
+        Args:
+            registration: The pair. Its velocities are rounded to steps of 1/64 voxel.
+            key: Checksum of all inputs and parameters.
+            sources: What is known of the case; see `nnunet_oneshot.registration.dataset.sources`.
+            parameters: Noted in the record.
+            versions: Noted in the record.
+
+        Raises:
+            OneShotError: The folder cannot be written to.
+        """
         target = self.path(registration.atlas, registration.case, ".npz")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +76,8 @@ class RegistrationCache:
                 np.savez_compressed(
                     temporary,
                     affine=registration.affine,
-                    velocity=registration.velocity.astype(np.float32),
+                    velocity_bytes=packed(registration.velocity),
+                    velocity_shape=registration.velocity.shape,
                     atlas_shape=registration.atlas_shape,
                     case_shape=registration.case_shape,
                 )
@@ -61,11 +86,19 @@ class RegistrationCache:
             "case": registration.case,
             "key": key,
             "checksum": self._checksum(registration.atlas, registration.case),
+            "sources": sources,
             "quality": registration.quality,
             "parameters": parameters,
             "versions": versions,
         }
         save_json_atomic(record, self.path(registration.atlas, registration.case, ".json"))
+
+    def note_sources(self, atlas: str, case: str, sources: dict) -> None:
+        """Renews what the record of a pair knows of its case, whose files have changed, but not what is in them."""
+        record = self.record(atlas, case)
+        # In a folder that cannot be written to, the files are read each time.
+        with suppress(OneShotError):
+            save_json_atomic({**(record or {}), "sources": sources}, self.path(atlas, case, ".json"))
 
     def load(self, atlas: str, case: str) -> Registration:
         """Reads a pair.
@@ -81,7 +114,7 @@ class RegistrationCache:
                     atlas,
                     case,
                     arrays["affine"],
-                    arrays["velocity"],
+                    unpacked(arrays["velocity_bytes"], arrays["velocity_shape"]),
                     tuple(int(n) for n in arrays["atlas_shape"]),
                     tuple(int(n) for n in arrays["case_shape"]),
                     quality,
@@ -107,16 +140,6 @@ class RegistrationCache:
             )
         return record["quality"]
 
-    def _record(self, atlas: str, case: str) -> dict | None:
-        path = self.path(atlas, case, ".json")
-        if not path.is_file():
-            return None
-        try:
-            record = load_json_checked(path, "the registration record")
-        except OneShotError:
-            return None
-        return record if _is_complete(record) else None
-
     def _checksum(self, atlas: str, case: str) -> str | None:
         path = self.path(atlas, case, ".npz")
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -125,3 +148,37 @@ class RegistrationCache:
 def _is_complete(record: Any) -> bool:
     """Whether the content of a pair's JSON file has all required entries."""
     return isinstance(record, dict) and {"key", "checksum", "quality"} <= record.keys()
+
+
+def packed(velocity: np.ndarray) -> np.ndarray:
+    """A velocity field (3, gx, gy, gz) as bytes that compress well: each value less what its neighbours suggest.
+
+    Values are whole steps of 1/64 voxel. The differences are small where the field is smooth, and their bytes are
+    sorted by place value, so that the high ones are nearly all equal.
+
+    Returns:
+        (4, 3 * gx * gy * gz) uint8, the lowest byte first.
+    """
+    steps = np.rint(np.asarray(velocity, np.float64) * _STEPS).astype(np.int64).astype("<i4")
+    for axis in (1, 2, 3):
+        steps = np.diff(steps, axis=axis, prepend=np.int32(0))
+    # Small negative numbers become small odd ones.
+    folded = ((steps << 1) ^ (steps >> 31)).astype("<u4")
+    return np.ascontiguousarray(folded.reshape(-1, 1).view(np.uint8).T)
+
+
+def unpacked(content: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The velocity field (3, gx, gy, gz) float32 that `packed` gave as ``content``.
+
+    Args:
+        content: (4, 3 * gx * gy * gz) uint8.
+        shape: (3, gx, gy, gz).
+
+    Raises:
+        ValueError: They do not fit each other.
+    """
+    folded = np.ascontiguousarray(content.T).view("<u4").reshape([int(n) for n in shape])
+    steps = (folded >> 1).astype(np.int32) ^ -(folded & 1).astype(np.int32)
+    for axis in (1, 2, 3):
+        steps = np.cumsum(steps, axis=axis, dtype=np.int32)
+    return (steps / np.float32(_STEPS)).astype(np.float32)

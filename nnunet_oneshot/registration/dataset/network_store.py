@@ -18,6 +18,7 @@ from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_path, writing
+from nnunet_oneshot.locks import waiting_for
 from nnunet_oneshot.registration.pair.network import RegistrationNetwork, TrainingPairs, coarse_velocity, fit_network
 from nnunet_oneshot.registration.pair.registrar import AtlasRegistrar
 
@@ -57,7 +58,7 @@ def build_network(configuration: ConfigurationManager, num_channels: int) -> Reg
     return RegistrationNetwork(unet, dim)
 
 
-def load_or_fit_network(
+def stored_network(
     folder: Path,
     prepared: PreparedDataset,
     registrars: dict[str, AtlasRegistrar],
@@ -67,14 +68,13 @@ def load_or_fit_network(
     parameters: dict[str, Any],
     device: torch.device,
     log: Callable[[str], None],
-) -> Predictor:
-    """Returns a function that predicts the velocity of an atlas and an aligned case, on the velocity grid.
+) -> Path:
+    """The file of the network trained with these parameters and atlases; where there is none, trains one on ``pairs``.
 
-    Loads the network from ``folder`` if one was trained with the same parameters and atlases. Otherwise trains one on
-    ``pairs`` and writes it there.
+    Of several processes that ask for the same network at the same time one trains it, and the others wait.
 
     Args:
-        folder: Folder of the networks.
+        folder: Folder of the networks; it exists.
         prepared: The dataset.
         registrars: Registrar of each atlas.
         pairs: (atlas, case) of all pairs.
@@ -84,7 +84,7 @@ def load_or_fit_network(
         log: Called with a message.
 
     Raises:
-        OneShotError: The plan's topology does not fit the volumes, or the file is damaged.
+        OneShotError: The plan's topology does not fit the volumes, or the file cannot be written.
     """
     configuration = registration_topology(prepared)
     first = next(iter(registrars.values()))
@@ -93,18 +93,35 @@ def load_or_fit_network(
             "The registration network takes its topology from the plans, which hold no 3D configuration for these "
             '3D volumes: set "method" to "refine" in the "registration" part of the "oneshot" block.'
         )
-    torch.manual_seed(config.seed)
-    network = build_network(configuration, first.image.shape[1]).to(device)
     digest = hashlib.sha256(json.dumps([parameters, sorted(registrars)], sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"network_{digest}.pth"
-    if path.is_file():
-        _load(network, path, device)
-        log(f"Using the registration network {path}.")
-    else:
+    with waiting_for(path.with_suffix(".lock"), log, "training of the registration network"):
+        if path.is_file():
+            log(f"Using the registration network {path}.")
+            return path
+        torch.manual_seed(config.seed)
+        network = build_network(configuration, first.image.shape[1]).to(device)
         _fit(network, prepared, registrars, pairs, config, device)
         with writing(path), atomic_path(path) as temporary:
             torch.save(network.state_dict(), temporary)
-        log(f"Trained the registration network on {len(pairs)} pairs and wrote it to {path}.")
+    log(f"Trained the registration network on {len(pairs)} pairs and wrote it to {path}.")
+    return path
+
+
+def load_predictor(path: Path, prepared: PreparedDataset, *, config: OneShotConfig, device: torch.device) -> Predictor:
+    """A function that predicts the velocity of an atlas and an aligned case, on the velocity grid.
+
+    Args:
+        path: See `stored_network`.
+        prepared: The dataset.
+        config: Settings.
+        device: Device of the network.
+
+    Raises:
+        OneShotError: The file is damaged.
+    """
+    network = build_network(registration_topology(prepared), prepared.num_channels).to(device)
+    _load(network, path, device)
     network.eval()
 
     @torch.no_grad()

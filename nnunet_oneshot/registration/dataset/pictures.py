@@ -6,29 +6,29 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.io import atomic_path, writing
 from nnunet_oneshot.registration.pair.figure import registration_figure
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.warp import atlas_coordinates, warp_atlas_to_case
 
 
-def draw_registration(path: Path, registration: Registration, prepared: PreparedDataset, image: np.ndarray) -> None:
+def draw_registration(
+    path: Path, registration: Registration, atlas: tuple[np.ndarray, np.ndarray], image: np.ndarray
+) -> None:
     """Writes the PNG of a pair; see `nnunet_oneshot.registration.pair.figure`.
 
     Args:
         path: The file.
         registration: The pair.
-        prepared: Dataset from which the atlas's image and label are read.
+        atlas: (C, X, Y, Z) image and (1, X, Y, Z) label map of the atlas.
         image: (C, U, V, W) image of the case.
     """
     from matplotlib.image import imsave
 
-    atlas = prepared.registration_image(registration.atlas)
-    seg = prepared.segmentation(registration.atlas)
-    warped, warped_seg = warp_atlas_to_case(registration, atlas, seg)
+    atlas_image, seg = atlas
+    warped, warped_seg = warp_atlas_to_case(registration, atlas_image, seg)
     figure = registration_figure(
-        atlas=atlas[0],
+        atlas=atlas_image[0],
         atlas_seg=seg[0],
         case=image[0],
         warped=warped[0],

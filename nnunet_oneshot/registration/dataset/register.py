@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import nnunet_oneshot
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.orientation import relative_rotation
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.devices import host_threads
 from nnunet_oneshot.io import writing
+from nnunet_oneshot.locks import waiting_for
 from nnunet_oneshot.precision import uses_bfloat16
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
-from nnunet_oneshot.registration.dataset.network_store import Predictor, load_or_fit_network, registration_topology
-from nnunet_oneshot.registration.dataset.pictures import draw_registration
-from nnunet_oneshot.registration.pair.registrar import AtlasRegistrar
-from nnunet_oneshot.registration.pair.registration import Registration
+from nnunet_oneshot.registration.dataset.cluster import cluster_workers
+from nnunet_oneshot.registration.dataset.network_store import registration_topology, stored_network
+from nnunet_oneshot.registration.dataset.pairs import Pair, PairWork
+from nnunet_oneshot.registration.dataset.parts import Part
+from nnunet_oneshot.registration.dataset.sources import axes_in, read_sources
+from nnunet_oneshot.registration.dataset.summary import write_summary
+from nnunet_oneshot.registration.dataset.workers import run_beside, run_by, run_here, run_in_processes
 from nnunet_oneshot.self_training.guide import SegmentingGuide, guided_by
 
 # Voxels of the registration grid in one batch: small grids share the overhead of a step.
 _BATCH_VOXELS = 600_000
-_LAYOUT = 3
+_LAYOUT = 4
 # Settings of the per-pair optimisation; runs that differ only in these share a network.
 _PAIRWISE = ("method", "refine_iterations", "refine_learning_rate", "search_reach")
 
@@ -48,6 +52,9 @@ class DatasetRegistrar:
         atlases: Labelled cases.
         device: Where the deformable stage runs.
         log: Called with progress messages.
+        num_processes: Worker processes. On a CPU each registers pairs of its own, with one thread; beside another
+            device they do all but the deformable stage. With 1 everything runs in this process.
+        scheduler: A dask cluster that registers instead; see `nnunet_oneshot.registration.dataset.cluster`.
     """
 
     prepared: PreparedDataset
@@ -55,9 +62,11 @@ class DatasetRegistrar:
     atlases: Sequence[str]
     device: torch.device
     log: Callable[[str], None] = print
+    num_processes: int = 1
+    scheduler: str | None = None
 
     def register(
-        self, cases: Sequence[str], *, fold: int | str | None = None, figures: bool = True
+        self, cases: Sequence[str], *, fold: int | str | None = None, figures: bool = True, part: Part | None = None
     ) -> RegistrationCache:
         """Registers the atlases by images and, if the settings name one, by a guide.
 
@@ -67,18 +76,21 @@ class DatasetRegistrar:
             cases: Cases to warp the atlases to; an atlas is not registered to itself.
             fold: Fold of the guide's model, if the settings name a guide.
             figures: Whether to draw a picture of each new pair.
+            part: Registers only the cases of this part; the tables of all pairs are written where none is missing.
+                None registers all and writes no table.
 
         Returns:
-            The cache with all pairs.
+            The cache with all pairs, or those of the part.
 
         Raises:
-            OneShotError: The data are missing or damaged, or the folder cannot be written to.
+            OneShotError: The data are missing or damaged, the folder cannot be written to, or a pair failed, which is
+                named.
         """
         settings = self.config.registration
         guide = guided_by(settings, self.prepared, fold=fold, device=self.device)
         folder = self.prepared.base / FOLDER / self.prepared.folder.name
         cache = RegistrationCache(folder if guide is None else guided_folder(folder, guide.digest))
-        return _Pass(self, self.config, cache, networks=folder, guide=guide, figures=figures).run(cases)
+        return _Pass(self, self.config, cache, networks=folder, guide=guide, figures=figures).run(cases, part)
 
     def register_again(
         self, cases: Sequence[str], *, first: RegistrationCache, guide: SegmentingGuide, folder: str | Path
@@ -130,45 +142,95 @@ class _Pass:
     first: RegistrationCache | None = None
     figures: bool = True
 
-    def run(self, cases: Sequence[str]) -> RegistrationCache:
-        """Registers every atlas to the cases and returns the cache."""
-        log, atlases, settings = self.registrar.log, self.registrar.atlases, self.config.registration
+    def run(self, cases: Sequence[str], part: Part | None = None) -> RegistrationCache:
+        """Registers every atlas to the cases, or to those of a part, and returns the cache."""
+        log, atlases = self.registrar.log, self.registrar.atlases
         if self.guide is not None:
             log(self.guide.describe())
-        keys = self._keys(cases)
-        missing = self._missing(keys)
-        if not missing:
-            log(f"Registrations of {', '.join(atlases)} to {len(cases)} cases are cached in {self.cache.folder}.")
-            return self.cache
-        log(
-            f"Registering {', '.join(atlases)}: {len(missing)} of {len(keys)} pairs are to be computed "
-            f"({settings.method}, on {self.registrar.device}); results go to {self.cache.folder}."
-        )
+        own = cases if part is None else part.of(cases, self.registrar.prepared.identifiers)
+        pairs = self._pairs(own)
+        missing = self._missing(pairs)
+        if missing:
+            log(
+                f"Registering {', '.join(atlases)}: {len(missing)} of {len(pairs)} pairs are to be computed "
+                f"({self.config.registration.method}, on {self.registrar.device}); results go to {self.cache.folder}."
+            )
+            self._compute(missing, cases)
+            _report(self.cache, missing, log, affine=self.config.registration.affine)
+        else:
+            log(f"Registrations of {', '.join(atlases)} to {len(own)} cases are cached in {self.cache.folder}.")
+        if part is not None:
+            self._summarise(cases, part)
+        return self.cache
+
+    def _compute(self, missing: Sequence[Pair], cases: Sequence[str]) -> None:
+        """Registers pairs; ``cases`` are all that are registered, also by others, to train a network with."""
+        device, workers = self.registrar.device, self.registrar.num_processes
         with writing(self.cache.folder):
             self.cache.folder.mkdir(parents=True, exist_ok=True)
             self.networks.mkdir(parents=True, exist_ok=True)
-        # Trains on all pairs, cached or not, so that the network does not depend on the cache's history.
-        needed = keys if self._uses_network else missing
-        registrars = {atlas: self._atlas_registrar(atlas) for atlas in sorted({atlas for atlas, _ in needed})}
-        predict = None
+        here = PairWork(
+            self.registrar.prepared,
+            self.config,
+            device if self.registrar.scheduler is None else torch.device("cpu"),
+            self.cache,
+            self._parameters,
+            guide=self.guide,
+            first=self.first,
+            figures=self.figures,
+        )
         if self._uses_network:
-            predict = load_or_fit_network(
-                self.networks,
-                self.registrar.prepared,
-                registrars,
-                list(keys),
-                config=self.config,
-                parameters=self._network_parameters,
-                device=self.registrar.device,
-                log=log,
-            )
-        with host_threads(self.registrar.device), tqdm(total=len(missing), desc="Registering") as progress:
-            for atlas, batch in _batches(missing, registrars):
-                for registration, image in self._register(registrars[atlas], batch, predict):
-                    self._keep(registration, image, keys[atlas, registration.case])
-                    progress.update()
-        _report(self.cache, missing, log, affine=settings.affine)
-        return self.cache
+            here = dataclasses.replace(here, network=self._network(here, cases))
+        with host_threads(here.device), tqdm(total=len(missing), desc="Registering") as progress:
+            if self.registrar.scheduler is not None:
+                batches = list(_batches(missing, here, at_most=1))
+                with cluster_workers(self.registrar.scheduler, self.registrar.log) as executor:
+                    work = dataclasses.replace(here, device=device)
+                    run_by(executor, work, batches, progress.update, at_once=len(batches))
+            elif workers > 1 and len(missing) > 1 and device.type != "cpu":
+                run_beside(here, list(_batches(missing, here)), progress.update, num_processes=workers)
+            # A student in training is not sent to other processes.
+            elif workers > 1 and len(missing) > 1 and self.first is None:
+                batches = list(_batches(missing, here, at_most=ceil(len(missing) / workers)))
+                run_in_processes(here, batches, progress.update, num_processes=workers)
+            else:
+                run_here(here, list(_batches(missing, here)), progress.update)
+
+    def _network(self, work: PairWork, cases: Sequence[str]) -> Path:
+        """The file of the registration network.
+
+        It is trained on all pairs, cached or not, so that it does not depend on the cache's history.
+        """
+        atlases = sorted({atlas for atlas in self.registrar.atlases if any(case != atlas for case in cases)})
+        return stored_network(
+            self.networks,
+            self.registrar.prepared,
+            {atlas: work.registrar(atlas) for atlas in atlases},
+            [(atlas, case) for atlas in self.registrar.atlases for case in cases if case != atlas],
+            config=self.config,
+            parameters=self._network_parameters,
+            device=work.device,
+            log=self.registrar.log,
+        )
+
+    def _summarise(self, cases: Sequence[str], part: Part) -> None:
+        """Writes the table of each atlas, unless other parts have pairs left to register."""
+        names = {a: [case for case in cases if case != a] for a in self.registrar.atlases}
+        with writing(self.cache.folder):
+            self.cache.folder.mkdir(parents=True, exist_ok=True)
+        with waiting_for(self.cache.folder / "quality.lock", self.registrar.log, "writing of the tables"):
+            missing = sum(not self.cache.path(a, c, ".json").is_file() for a, others in names.items() for c in others)
+            if not missing and part.count > 1:
+                missing = len(self._missing(self._pairs(cases)))
+            if missing:
+                self.registrar.log(
+                    f"Part {part.number} of {part.count} is done. {missing} pairs of other parts are missing: the part "
+                    f"that ends last writes the tables of all."
+                )
+                return
+            for atlas, others in names.items():
+                if others:
+                    self.registrar.log(f"The quality of all pairs is in {write_summary(self.cache, atlas, others)}.")
 
     @property
     def _uses_network(self) -> bool:
@@ -199,109 +261,66 @@ class _Pass:
     def _network_parameters(self) -> dict[str, Any]:
         return {name: value for name, value in self._image_parameters.items() if name not in _PAIRWISE}
 
-    def _keys(self, cases: Sequence[str]) -> dict[tuple[str, str], str]:
-        """(atlas, case) -> checksum of all inputs and parameters of the registration."""
-        digest = self.registrar.prepared.digest
-        keys = {}
-        for atlas in self.registrar.atlases:
-            others = [case for case in cases if case != atlas]
-            atlas_digest = digest(atlas) if others else ""
-            for case in others:
-                parts = [self._parameters, atlas_digest, digest(case), *self._turned(atlas, case)]
-                content = json.dumps(parts, sort_keys=True)
-                keys[atlas, case] = hashlib.sha256(content.encode()).hexdigest()
-        return keys
-
-    def _turned(self, atlas: str, case: str) -> list[Any]:
-        """The headers' part of a pair's checksum: empty if the axes of both images point the same way."""
-        rotation = relative_rotation(*(self.registrar.prepared.axes(name) for name in (case, atlas)))
-        return [] if rotation is None else [rotation.round(3).tolist()]
-
-    def _missing(self, keys: dict[tuple[str, str], str]) -> list[tuple[str, str]]:
-        """The pairs missing from the cache."""
-        for atlas, case in keys:
-            if self.cache.is_damaged(atlas, case):
-                self.registrar.log(
-                    f"The cached registration of {atlas} to {case} is damaged and will be computed again."
-                )
-        return [pair for pair, key in keys.items() if not self.cache.is_current(*pair, key)]
-
-    def _atlas_registrar(self, atlas: str) -> AtlasRegistrar:
-        prepared = self.registrar.prepared
-        return AtlasRegistrar(
-            atlas,
-            prepared.registration_image(atlas),
-            prepared.spacing(atlas),
-            config=self.config.registration,
-            device=self.registrar.device,
-            foreground=prepared.segmentation(atlas) > 0,
+    def _pairs(self, cases: Sequence[str]) -> list[Pair]:
+        """Each atlas with each other case, and the checksum of all inputs and parameters of its registration."""
+        atlases = self.registrar.atlases
+        named = [(atlas, case) for atlas in atlases for case in cases if case != atlas]
+        sources = read_sources(
+            self.registrar.prepared,
+            sorted({name for pair in named for name in pair}),
+            atlases=atlases,
+            caches=[self.cache, *([] if self.first is None else [self.first])],
+            num_threads=self.registrar.num_processes,
         )
+        pairs = []
+        for atlas, case in named:
+            turned = relative_rotation(axes_in(sources[case]), axes_in(sources[atlas]))
+            rotation = [] if turned is None else [turned.round(3).tolist()]
+            parts = [self._parameters, sources[atlas]["digest"], sources[case]["digest"], *rotation]
+            key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+            pairs.append(Pair(atlas, case, key, sources[case]))
+        return pairs
 
-    def _register(
-        self, registrar: AtlasRegistrar, cases: Sequence[str], predict: Predictor | None
-    ) -> Iterator[tuple[Registration, np.ndarray]]:
-        """The registrations of one atlas to a batch of cases, each with the case's image (C, U, V, W)."""
-        prepared = self.registrar.prepared
-        images = [prepared.registration_image(case) for case in cases]
-        known = [None if self.first is None else self.first.load(registrar.name, case) for case in cases]
-        aligned = [
-            registrar.align(
-                image,
-                prepared.spacing(case),
-                initial=prepared.alignment(case, registrar.name, image.shape[1:], registrar.atlas_shape),
-                known=pair,
-            )
-            for image, case, pair in zip(images, cases, known, strict=True)
-        ]
-        label_guide = None
-        if self.guide is not None:
-            probabilities = [self.guide.probabilities(prepared.image(case)) for case in cases]
-            maps = self.guide.atlas_maps(prepared.segmentation(registrar.name))
-            label_guide = registrar.guide(maps, probabilities, aligned, self.guide.trust)
-        shapes = [image.shape[1:] for image in images]
-        results = registrar.deform(aligned, cases, shapes, predict=predict, guide=label_guide)
-        yield from zip(results, images, strict=True)
-
-    def _keep(self, registration: Registration, image: np.ndarray, key: str) -> None:
-        """Draws and saves a pair."""
-        if self.figures:
-            draw_registration(
-                self.cache.path(registration.atlas, registration.case, ".png"),
-                registration,
-                self.registrar.prepared,
-                image,
-            )
-        versions = {"nnunet_oneshot": nnunet_oneshot.__version__, "torch": str(torch.__version__)}
-        self.cache.save(registration, key=key, parameters=self._parameters, versions=versions)
+    def _missing(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs that the cache lacks."""
+        missing = []
+        for pair in pairs:
+            state = self.cache.state(pair.atlas, pair.case, pair.key)
+            if state == "damaged":
+                self.registrar.log(
+                    f"The cached registration of {pair.atlas} to {pair.case} is damaged and will be computed again."
+                )
+            if state != "current":
+                missing.append(pair)
+            elif (self.cache.record(pair.atlas, pair.case) or {}).get("sources") != pair.source:
+                self.cache.note_sources(pair.atlas, pair.case, pair.source)
+        return missing
 
 
-def _batches(
-    missing: Sequence[tuple[str, str]], registrars: dict[str, AtlasRegistrar]
-) -> Iterator[tuple[str, list[str]]]:
-    """(atlas, cases) groups of one atlas, as many pairs as fit `_BATCH_VOXELS`."""
-    for atlas, registrar in registrars.items():
-        cases = [case for name, case in missing if name == atlas]
-        size = max(1, _BATCH_VOXELS // int(np.prod(registrar.grid.shape)))
-        for start in range(0, len(cases), size):
-            yield atlas, cases[start : start + size]
+def _batches(missing: Sequence[Pair], work: PairWork, *, at_most: int | None = None) -> Iterator[list[Pair]]:
+    """Pairs of one atlas each, as many as fit `_BATCH_VOXELS`, and ``at_most`` so many."""
+    for atlas in dict.fromkeys(pair.atlas for pair in missing):
+        pairs = [pair for pair in missing if pair.atlas == atlas]
+        size = max(1, _BATCH_VOXELS // prod(work.registrar(atlas).grid.shape))
+        size = min(size, at_most or size)
+        for start in range(0, len(pairs), size):
+            yield pairs[start : start + size]
 
 
-def _report(
-    cache: RegistrationCache, pairs: Sequence[tuple[str, str]], log: Callable[[str], None], *, affine: bool
-) -> None:
-    qualities = [cache.quality(*pair) for pair in pairs]
+def _report(cache: RegistrationCache, pairs: Sequence[Pair], log: Callable[[str], None], *, affine: bool) -> None:
+    qualities = [cache.quality(pair.atlas, pair.case) for pair in pairs]
     before, after, folds = (
         np.array([q[name] for q in qualities]) for name in ("similarity_before", "similarity_after", "folding")
     )
     worst = pairs[int(after.argmin())]
     log(
         f"Registered {len(pairs)} pairs: squared local correlation {before.mean():.3f} -> {after.mean():.3f} "
-        f"(lowest {after.min():.3f}, {worst[0]} to {worst[1]}), folding {100 * folds.mean():.4f} % of voxels "
+        f"(lowest {after.min():.3f}, {worst.atlas} to {worst.case}), folding {100 * folds.mean():.4f} % of voxels "
         f"(most {100 * folds.max():.4f} %)."
     )
     unmoved = [pair for pair, quality in zip(pairs, qualities, strict=True) if quality["affine_start"] == "identity"]
     if unmoved and affine:
-        shown = ", ".join(case for _, case in unmoved[:5]) + (", ..." if len(unmoved) > 5 else "")
+        shown = ", ".join(pair.case for pair in unmoved[:5]) + (", ..." if len(unmoved) > 5 else "")
         log(
             f"Warning: the affine stage found nothing better than the alignment it began with for {len(unmoved)} of "
             f"{len(pairs)} pairs ({shown}); look at their pictures."

@@ -23,7 +23,7 @@ def cache(tmp_path):
         case_shape=(7, 8, 9),
         quality={"similarity_after": 0.5},
     )
-    cache.save(pair, key="made so", parameters={"levels": 3}, versions={"torch": "2"})
+    cache.save(pair, key="made so", sources={}, parameters={"levels": 3}, versions={"torch": "2"})
     return cache
 
 
@@ -32,12 +32,12 @@ def test_a_pair_comes_back_as_it_was_saved(cache):
     np.testing.assert_array_equal(pair.affine, np.diag([1.0, 2.0, 3.0, 1.0]))
     np.testing.assert_array_equal(pair.velocity, np.arange(24).reshape(3, 2, 2, 2))
     assert (pair.atlas_shape, pair.case_shape, pair.quality) == ((4, 5, 6), (7, 8, 9), {"similarity_after": 0.5})
-    assert cache.is_current("atlas", "case", "made so") and not cache.is_damaged("atlas", "case")
-    assert not cache.is_current("atlas", "case", "made otherwise")
+    assert cache.state("atlas", "case", "made so") == "current"
+    assert cache.state("atlas", "case", "made otherwise") == "outdated"
 
 
-def test_a_pair_that_was_never_written_is_neither_current_nor_damaged(cache):
-    assert not cache.is_current("atlas", "other", "made so") and not cache.is_damaged("atlas", "other")
+def test_a_pair_that_was_never_written_is_missing(cache):
+    assert cache.state("atlas", "other", "made so") == "missing"
     with pytest.raises(OneShotError, match="atlas to other.*does not exist"):
         cache.load("atlas", "other")
 
@@ -46,7 +46,7 @@ def test_a_pair_that_was_never_written_is_neither_current_nor_damaged(cache):
 def test_a_record_without_its_figures_is_named(cache, content):
     path = cache.path("atlas", "case", ".json")
     path.write_text(json.dumps(content))
-    assert cache.is_damaged("atlas", "case")
+    assert cache.state("atlas", "case", "made so") == "damaged"
     with pytest.raises(OneShotError, match=r"atlas to case in .*case\.json lacks .*register` again"):
         cache.quality("atlas", "case")
 
@@ -54,6 +54,6 @@ def test_a_record_without_its_figures_is_named(cache, content):
 def test_arrays_that_do_not_fit_their_record_are_named(cache):
     path = cache.path("atlas", "case", ".npz")
     path.write_bytes(path.read_bytes()[:100])
-    assert cache.is_damaged("atlas", "case")
+    assert cache.state("atlas", "case", "made so") == "damaged"
     with pytest.raises(OneShotError, match=r"case\.npz is missing or damaged"):
         cache.load("atlas", "case")

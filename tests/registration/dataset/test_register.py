@@ -45,9 +45,9 @@ def test_finished_pairs_are_kept_and_damaged_ones_computed_again(prepared, monke
     printed, third = register(prepared, monkeypatch, capsys)
     assert printed.count("is damaged") == 2 and "2 of 3 pairs" in printed
     assert set(third) == set(first)
+    cache = module.RegistrationCache(arrays[0].parent.parent)
     for path in arrays:
-        with np.load(path) as found:
-            assert np.isfinite(found["velocity"]).all()
+        assert np.isfinite(cache.load("case_00", path.stem).velocity).all()
 
 
 def test_other_settings_are_another_registration(prepared, monkeypatch, capsys):
@@ -120,14 +120,14 @@ def test_pairs_are_registered_again_under_a_guide(prepared, monkeypatch, capsys)
 
 def test_methods_share_one_network(prepared, monkeypatch, capsys):
     fitted = []
-    original = module.load_or_fit_network
+    original = module.stored_network
 
     def fit(folder, *arguments, **options):
         result = original(folder, *arguments, **options)
         fitted.append(sorted(path.name for path in folder.glob("network_*.pth")))
         return result
 
-    monkeypatch.setattr(module, "load_or_fit_network", fit)
+    monkeypatch.setattr(module, "stored_network", fit)
     register(prepared, monkeypatch, capsys, method="network", network_iterations=2)
     printed, _ = register(prepared, monkeypatch, capsys, method="network+refine", network_iterations=2)
     assert "Using the registration network" in printed

@@ -1,23 +1,24 @@
 """Many cases: worker processes, the work beside a device, parts of a job array and a cluster give the same files."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from nnunet_oneshot.cli import main
-from nnunet_oneshot.config import OneShotConfig, RegistrationConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.registration.dataset import register as module
 from nnunet_oneshot.registration.dataset import workers
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
+from nnunet_oneshot.registration.dataset.pairs import PairWork, telling_pairs
 from nnunet_oneshot.registration.dataset.parts import Part
-from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
 
 PLANS = "nnUNetOneShotCPUPlans"
 OVERRIDES = json.dumps({"registration": {"refine_iterations": [2, 2]}})
@@ -61,10 +62,96 @@ def taken(dataset):
     return found
 
 
-def registrar(dataset, log=print, **options):
-    prepared = PreparedDataset.open(dataset=dataset.id, plans_name=PLANS, configuration="3d_fullres")
-    config = OneShotConfig(registration=RegistrationConfig(method="refine", refine_iterations=(2, 2)))
-    return DatasetRegistrar(prepared, config, ["case_00"], torch.device("cpu"), log, **options)
+class Stopped(Exception):
+    pass
+
+
+def work_of(dataset, monkeypatch):
+    """What would be done with all pairs of the dataset, and the pairs, one a batch."""
+
+    def stop(work, batches, done):
+        raise Stopped(work, [[pair] for batch in batches for pair in batch])
+
+    with monkeypatch.context() as changed:
+        changed.setattr(module, "run_here", stop)
+        with pytest.raises(Stopped) as stopped:
+            main(command(dataset))
+    return stopped.value.args
+
+
+class DyingWork(PairWork):
+    """Ends its process at one case."""
+
+    def register(self, batch):
+        if batch[0].case == "case_03":
+            os._exit(9)
+        super().register(batch)
+
+
+def test_worker_processes_write_the_same_files(dataset, capsys):
+    register(dataset, "-np", "1")
+    whole = taken(dataset)
+    register(dataset, "-np", "2")
+    assert taken(dataset) == whole
+
+
+def test_what_is_done_beside_the_device_writes_the_same_files(dataset, monkeypatch):
+    register(dataset)
+    whole = taken(dataset)
+    work, pairs = work_of(dataset, monkeypatch)
+    done = []
+    workers.run_beside(work, [sum(pairs[:2], []), sum(pairs[2:], [])], done.append, num_processes=2)
+    assert sum(done) == 5
+    whole.pop("quality_case_00.csv")
+    assert taken(dataset) == whole
+
+
+@pytest.mark.parametrize("run", [workers.run_in_processes, workers.run_beside])
+def test_a_damaged_image_is_named_by_a_worker_and_the_rest_stops(dataset, run, monkeypatch, capfd):
+    work, pairs = work_of(dataset, monkeypatch)
+    (image,) = work.prepared.folder.glob("case_02.b2nd")
+    image.write_bytes(image.read_bytes()[:50])
+    with pytest.raises(OneShotError, match=r"registration of case_00 to case_02 failed: .*case_02\.b2nd cannot be"):
+        run(work, pairs, lambda number: None, num_processes=2)
+    assert {path.stem for path in work.cache.folder.rglob("*.npz")} < {"case_01", "case_03", "case_04", "case_05"}
+
+
+def test_a_worker_that_dies_is_told_with_its_pairs(dataset, monkeypatch):
+    work, pairs = work_of(dataset, monkeypatch)
+    dying = DyingWork(**{field.name: getattr(work, field.name) for field in dataclasses.fields(work)})
+    with pytest.raises(OneShotError, match=r"A worker process ended unexpectedly while it registered .*case_03"):
+        workers.run_in_processes(dying, pairs, lambda number: None, num_processes=2)
+
+
+def children(process):
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends them")
+def test_workers_end_with_a_killed_parent(dataset, monkeypatch):
+    monkeypatch.setenv("nnUNet_oneshot_overrides", json.dumps({"registration": {"refine_iterations": [100000]}}))
+    arguments = command(dataset, "-np", "2", "--no_figures")
+    parent = subprocess.Popen([sys.executable, "-m", "nnunet_oneshot.cli", *arguments], stderr=subprocess.DEVNULL)
+    # The third process is the one that watches the resources that the others share.
+    wait_until(lambda: len(children(parent.pid)) >= 3)
+    started = children(parent.pid)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(is_running(process) for process in started))
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_parts_register_all_once_and_the_last_writes_the_table(dataset, capsys, monkeypatch):
@@ -79,7 +166,7 @@ def test_parts_register_all_once_and_the_last_writes_the_table(dataset, capsys, 
     assert "The quality of all pairs is in" in capsys.readouterr().out
     table = cache_of(dataset).folder / "quality_case_00.csv"
     written = table.stat().st_mtime_ns
-    monkeypatch.setattr(workers, "run_here", None)
+    monkeypatch.setattr(module, "run_here", None)
     register(dataset, "--num_parts", "2", "--part_id", "1")
     assert "3 cases are cached" in capsys.readouterr().out and table.stat().st_mtime_ns == written
     assert all(path.stat().st_mtime_ns == changed for path, changed in first.items())
@@ -126,16 +213,3 @@ def test_a_pair_that_fails_is_named_and_the_others_are_kept(dataset, failing, mo
     assert "error: The registration of case_00 to case_05 failed (ValueError: no such thing)" in error
     assert "Traceback" in error
     assert len(list(cache_of(dataset).folder.rglob("*.json"))) == 4
-
-
-def test_a_damaged_image_is_named_by_a_worker_and_the_rest_stops(dataset, capsys):
-    register(dataset)
-    whole = taken(dataset)
-    prepared = PreparedDataset.open(dataset=dataset.id, plans_name=PLANS, configuration="3d_fullres")
-    pickled = prepared.folder / "case_02.pkl"
-    content = pickled.read_bytes()
-    # What is known of it is read before; a worker then finds it damaged.
-    pairs = registrar(dataset)
-    log = []
-    pairs = registrar(dataset, log.append, num_processes=2)
-    assert content and whole and pairs

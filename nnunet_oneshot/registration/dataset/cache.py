@@ -22,8 +22,8 @@ from nnunet_oneshot.registration.pair.registration import Registration
 
 FOLDER = "oneshot_registrations"
 PairState = Literal["current", "outdated", "damaged", "missing"]
-# Steps a voxel of the velocities in a file.
-_STEPS = 64
+# Steps a voxel of the velocities in a file: what is stored is at most 1/32 of a voxel off.
+_STEPS = 16
 
 
 class RegistrationCache:
@@ -60,7 +60,7 @@ class RegistrationCache:
         """Writes a pair. The JSON file comes last and marks the pair as complete.
 
         Args:
-            registration: The pair. Its velocities are rounded to steps of 1/64 voxel.
+            registration: The pair. Its velocities are rounded to steps of 1/16 voxel.
             key: Checksum of all inputs and parameters.
             sources: What is known of the case; see `nnunet_oneshot.registration.dataset.sources`.
             parameters: Noted in the record.
@@ -153,7 +153,7 @@ def _is_complete(record: Any) -> bool:
 def packed(velocity: np.ndarray) -> np.ndarray:
     """A velocity field (3, gx, gy, gz) as bytes that compress well: each value less what its neighbours suggest.
 
-    Values are whole steps of 1/64 voxel. The differences are small where the field is smooth, and their bytes are
+    Values are whole steps of 1/16 voxel. The differences are small where the field is smooth, and their bytes are
     sorted by place value, so that the high ones are nearly all equal.
 
     Returns:

@@ -11,6 +11,8 @@ from nnunet_oneshot.registration.pair.figure import registration_figure
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.warp import atlas_coordinates, warp_atlas_to_case
 
+_COLOURS = 256
+
 
 def draw_registration(
     path: Path, registration: Registration, atlas: tuple[np.ndarray, np.ndarray], image: np.ndarray
@@ -23,7 +25,7 @@ def draw_registration(
         atlas: (C, X, Y, Z) image and (1, X, Y, Z) label map of the atlas.
         image: (C, U, V, W) image of the case.
     """
-    from matplotlib.image import imsave
+    from PIL import Image
 
     atlas_image, seg = atlas
     warped, warped_seg = warp_atlas_to_case(registration, atlas_image, seg)
@@ -38,4 +40,6 @@ def draw_registration(
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            imsave(temporary, figure)
+            # A palette halves the file, and the few colours of a picture fit into it.
+            picture = Image.fromarray(figure).quantize(_COLOURS, dither=Image.Dither.NONE)
+            picture.save(temporary, optimize=True)

@@ -1,12 +1,13 @@
 """Registrations on disk: what is written comes back, and what is damaged is named."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.registration.dataset.cache import RegistrationCache
+from nnunet_oneshot.registration.dataset.cache import RegistrationCache, packed, unpacked
 from nnunet_oneshot.registration.pair.registration import Registration
 
 
@@ -34,6 +35,22 @@ def test_a_pair_comes_back_as_it_was_saved(cache):
     assert (pair.atlas_shape, pair.case_shape, pair.quality) == ((4, 5, 6), (7, 8, 9), {"similarity_after": 0.5})
     assert cache.state("atlas", "case", "made so") == "current"
     assert cache.state("atlas", "case", "made otherwise") == "outdated"
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6, 7), (3, 1, 8, 9), (3, 2, 2, 2)])
+def test_velocities_are_stored_to_a_sixteenth_of_a_voxel(shape):
+    velocity = np.random.default_rng(0).normal(0, 40, shape).astype(np.float32)
+    found = unpacked(packed(velocity), shape)
+    assert found.dtype == np.float32 and np.abs(found - velocity).max() <= 1 / 32
+    assert np.array_equal(unpacked(packed(found), shape), found)
+    with pytest.raises(ValueError):
+        unpacked(packed(velocity), (3, 4, 6, 7))
+
+
+def test_a_smooth_field_takes_few_bytes():
+    place = np.stack(np.meshgrid(*[np.linspace(0, 3, 32)] * 3, indexing="ij"))
+    velocity = (3 * np.sin(place + place[::-1])).astype(np.float32)
+    assert len(zlib.compress(packed(velocity).tobytes())) < velocity.nbytes / 12
 
 
 def test_a_pair_that_was_never_written_is_missing(cache):

@@ -1,6 +1,7 @@
 """Registrations of a dataset: what is cached, what is computed again, and which settings share a network."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -48,6 +49,26 @@ def test_finished_pairs_are_kept_and_damaged_ones_computed_again(prepared, monke
     cache = module.RegistrationCache(arrays[0].parent.parent)
     for path in arrays:
         assert np.isfinite(cache.load("case_00", path.stem).velocity).all()
+
+
+def test_files_that_have_not_changed_are_not_read(prepared, monkeypatch, capsys):
+    read = []
+    original = PreparedDataset.image
+    monkeypatch.setattr(PreparedDataset, "image", lambda self, case: read.append(case) or original(self, case))
+    register(prepared, monkeypatch, capsys)
+    read.clear()
+    register(prepared, monkeypatch, capsys)
+    assert read == ["case_00"]
+    dataset = PreparedDataset.open(dataset=prepared.id, plans_name=PLANS, configuration="3d_fullres")
+    touched, changed = (next(dataset.folder.glob(f"case_0{number}.b2nd")) for number in (1, 2))
+    os.utime(touched)
+    changed.write_bytes((dataset.folder / "case_03.b2nd").read_bytes())
+    read.clear()
+    printed, _ = register(prepared, monkeypatch, capsys)
+    # The first of both holds the same as before, which is noted; the other one is registered again.
+    assert "1 of 3 pairs" in printed and set(read) == {"case_00", "case_01", "case_02"}
+    read.clear()
+    assert "are cached" in register(prepared, monkeypatch, capsys)[0] and read == ["case_00"]
 
 
 def test_other_settings_are_another_registration(prepared, monkeypatch, capsys):

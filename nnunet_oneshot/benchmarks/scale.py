@@ -222,7 +222,7 @@ def _call(arguments: Sequence[str], environment: dict[str, str]) -> str:
 
 
 def _timed(act: Callable[[], object]) -> dict[str, Any]:
-    """Seconds of a call, on the clock and of the processor, peak memory of this process, and how often the images of cases were read for checksums."""
+    """Seconds of a call on the clock and of the processor, peak memory (MiB), and images read for checksums."""
     original, read = PreparedDataset.digest, []
 
     def digest(self: PreparedDataset, case: str) -> str:

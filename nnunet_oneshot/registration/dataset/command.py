@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from nnunet_oneshot.config import OneShotConfig, with_guide
@@ -62,8 +63,7 @@ def register(
     caches = []
     for name in folds:
         fold = prepared.fold(name)
-        # Parts that begin at the same time choose one after the other.
-        with waiting_for(prepared.base / "oneshot_atlas.lock", print, f"choice of the atlas of {prepared.name}"):
+        with _alone(prepared, part):
             choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order)
         print(f"Fold {name}: atlas {', '.join(choice.atlases)} ({choice.how})")
         registrar = DatasetRegistrar(
@@ -77,3 +77,10 @@ def register(
         cases = sorted({*fold.train, *fold.validation})
         caches.append(registrar.register(cases, fold=fold.number, figures=figures, part=part))
     return caches
+
+
+def _alone(prepared: PreparedDataset, part: Part) -> AbstractContextManager[None]:
+    """Of parts that begin at the same time one chooses the atlas, and the others find its choice."""
+    if part.count == 1:
+        return nullcontext()
+    return waiting_for(prepared.base / "oneshot_atlas.lock", print, f"choice of the atlas of {prepared.name}")

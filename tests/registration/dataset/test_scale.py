@@ -88,11 +88,16 @@ class DyingWork(PairWork):
         super().register(batch)
 
 
-def test_worker_processes_write_the_same_files(dataset, capsys):
+def test_worker_processes_write_the_same_files(dataset, monkeypatch):
+    settings = {"refine_iterations": [2, 2], "method": "network+refine", "network_iterations": 2}
+    monkeypatch.setenv("nnUNet_oneshot_overrides", json.dumps({"registration": settings}))
     register(dataset, "-np", "1")
     whole = taken(dataset)
     register(dataset, "-np", "2")
-    assert taken(dataset) == whole
+    again = taken(dataset)
+    # Bytes of a network's file are not compared: what the network gives is in the pairs.
+    assert again.keys() == whole.keys() and any(name.endswith(".pth") for name in again)
+    assert {k: v for k, v in again.items() if "case" in k} == {k: v for k, v in whole.items() if "case" in k}
 
 
 def test_what_is_done_beside_the_device_writes_the_same_files(dataset, monkeypatch):

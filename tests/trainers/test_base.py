@@ -122,6 +122,14 @@ def test_loaders_get_the_roles_of_the_fold(prepare, make_trainer, stubs):
     assert f"Atlas: {roles.atlases[0]} (" in log_of(trainer)
 
 
+@pytest.mark.parametrize(("patches", "others", "expected"), [("0", "8", 1), ("1", "8", 1), ("2", "1", 1), ("2", "8", 2)])
+def test_as_many_processes_register_as_nnunet_allows(patches, others, expected, prepare, make_trainer, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", patches)
+    monkeypatch.setenv("nnUNet_def_n_proc", others)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert make_trainer(prepare(), "OneShotSynthesisTrainer").registrar.num_processes == expected
+
+
 def test_share_of_unlabelled_cases_and_of_progress_cases(prepare, make_trainer):
     dataset = prepare()
     trainer = make_trainer(

@@ -90,7 +90,7 @@ def test_guided_registrations_stay_apart_and_resume(student, capsys):
     guided = {name: content for name, content in after.items() if name not in before}
     assert {name: after[name] for name in before} == before
     assert len(guided) == len(before) and all(f"{CONFIGURATION}_guided/" in name for name in guided)
-    assert {name.rpartition(".")[2] for name in guided} == {"json", "npz", "png"}
+    assert {name.rpartition(".")[2] for name in guided} == {"csv", "json", "npz", "png"}
     record = json.loads(next(content for name, content in guided.items() if name.endswith(".json")))
     assert 0 <= record["quality"]["guide_dice_after"] <= 1
     assert record["parameters"]["guide_weight"] == 0.3

@@ -20,7 +20,7 @@ class OneShotCPUPlanner(OneShotPlanner):
 
     Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
     of voxels; networks have 8 to 64 features, and 16 to 128 for more than 7 foreground labels. Registration runs on at
-    most 200,000 voxels. The students start with learning rate 0.003. The memory target has no effect.
+    most 600,000 voxels. The students start with learning rate 0.003. The memory target has no effect.
     """
 
     default_plans_name = "nnUNetOneShotCPUPlans"
@@ -34,7 +34,7 @@ class OneShotCPUPlanner(OneShotPlanner):
     def default_config(self) -> OneShotConfig:
         """The ``oneshot`` block with a registration grid that two cores can handle, and larger steps."""
         config = super().default_config()
-        registration = dataclasses.replace(config.registration, max_voxels=200_000)
+        registration = dataclasses.replace(config.registration, max_voxels=600_000)
         # Networks with fewer features bear, and in short trainings need, larger steps.
         return dataclasses.replace(config, initial_lr=3e-3, registration=registration)
 

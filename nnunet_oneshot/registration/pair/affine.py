@@ -34,6 +34,8 @@ _KEPT = 3
 _SHIFTS = (-0.24, -0.12, 0.12, 0.24)
 # Maps that move the moving image apart by less than this share of its longest edge, in the mean, are one.
 _SAME_MAP = 0.06
+# A map whose objective is worse by less than this remains a rival of the best.
+_NEAR = 0.3
 # Step of Adam, voxels of the stage's grid at its first step; it falls linearly to a tenth.
 _STEP = 1.0
 # Weight of the global metric beside the squared local correlation.
@@ -55,15 +57,14 @@ class AffineResult:
             longest edge, or ``"identity"`` if no optimisation improved on the initial alignment.
         metric_before: Objective of the two volumes before any optimisation, see `register_affine`; smaller is better.
         metric_after: The same objective after registration.
-        margin: By how much the objective of the best map that leads elsewhere is worse; infinite where all starts led
-            to one map. Small values mean that images alone hardly tell which of the two is right.
+        rivals: Maps that lead elsewhere and are hardly worse, best first.
     """
 
     matrix: np.ndarray
     start: str
     metric_before: float
     metric_after: float
-    margin: float = np.inf
+    rivals: tuple[np.ndarray, ...] = ()
 
 
 def centre_alignment(
@@ -138,10 +139,11 @@ def register_affine(
     if not order or not float(losses[order[0]]) < before:
         return unchanged
     best = order[0]
-    margin = float(losses[order[1]] - losses[best]) if len(order) > 1 else np.inf
     finest, loss = _descended(stages[2], maps[best : best + 1], _STAGES[2][1], step=_STEP / 2)
     chosen = finest[0] if torch.isfinite(loss[0]) else maps[best]
-    return AffineResult(frames.in_voxels(chosen), names[kept[best]], before, float(losses[best]), margin)
+    near = [index for index in order[1:] if float(losses[index] - losses[best]) < _NEAR]
+    rivals = tuple(frames.in_voxels(maps[index]) for index in near)
+    return AffineResult(frames.in_voxels(chosen), names[kept[best]], before, float(losses[best]), rivals)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from nnunet_oneshot.registration.pair.label_guide import LabelGuide, guide_shape
 from nnunet_oneshot.registration.pair.pyramid import velocity_shape
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
+from nnunet_oneshot.registration.pair.trial import Trial
 
 _QUALITY_STEPS = 7
 # Margin around the labels within which similarity is also measured, voxels.
@@ -47,6 +49,8 @@ class Aligned:
         fixed: (1, C, *grid).
         mask: (1, 1, *grid).
         start: Start that led to the affine map; ``"identity"`` means that no optimised map was used.
+        rival_margin: Share by which images are less alike after a short registration from the best affine map that
+            leads elsewhere; 1 where there is none.
         seconds: Time of the affine stage.
     """
 
@@ -54,6 +58,7 @@ class Aligned:
     fixed: Tensor
     mask: Tensor
     start: str
+    rival_margin: float
     seconds: float
 
 
@@ -118,22 +123,39 @@ class AtlasRegistrar:
             initial = initial[1:, 1:]
         if known is not None:
             affine, start = known.affine[1:, 1:] if self.flat else known.affine, known.quality["affine_start"]
+            margin = known.quality.get("rival_margin", 1.0)
         elif self.config.affine:
-            result = register_affine(
-                image,
-                self._atlas,
-                fixed_spacing=edges,
-                moving_spacing=self._spacing,
-                initial=initial,
-                metric=SIMILARITIES[self.config.similarity].affine_metric,
-                device=self.device,
-            )
-            affine, start = result.matrix, result.start
+            affine, start, margin = self._optimised(image, edges, initial)
         else:
             centred = centre_alignment(image.shape[1:], self._atlas.shape[1:], edges, self._spacing)
-            affine, start = (centred if initial is None else initial), "identity"
+            affine, start, margin = (centred if initial is None else initial), "identity", 1.0
         fixed, mask = self.grid.fixed_image(image, affine)
-        return Aligned(affine, fixed, mask, start, time.perf_counter() - started)
+        return Aligned(affine, fixed, mask, start, margin, time.perf_counter() - started)
+
+    def _optimised(
+        self, image: np.ndarray, edges: Sequence[float], initial: np.ndarray | None
+    ) -> tuple[np.ndarray, str, float]:
+        """The affine map, its start and the margin to its best rival; a trial decides between maps that are close."""
+        result = register_affine(
+            image,
+            self._atlas,
+            fixed_spacing=edges,
+            moving_spacing=self._spacing,
+            initial=initial,
+            metric=SIMILARITIES[self.config.similarity].affine_metric,
+            device=self.device,
+        )
+        if not result.rivals:
+            return result.matrix, result.start, 1.0
+        maps = [result.matrix, *result.rivals]
+        alike = self._trial.likeness(image, maps)
+        best, second, *_ = np.argsort(-alike, kind="stable").tolist()
+        margin = 1 - alike[second] / max(alike[best], 1e-6)
+        return maps[best], result.start if best == 0 else "rival", float(margin)
+
+    @cached_property
+    def _trial(self) -> Trial:
+        return Trial(self._atlas, self._spacing, self.config, self.device)
 
     def guide(
         self,
@@ -208,7 +230,12 @@ class AtlasRegistrar:
                 self._lift_velocity(field),
                 self.atlas_shape,
                 tuple(int(n) for n in shape),
-                {**quality, "affine_start": a.start, "seconds": round(a.seconds + seconds, 3)},
+                {
+                    **quality,
+                    "affine_start": a.start,
+                    "rival_margin": round(a.rival_margin, 6),
+                    "seconds": round(a.seconds + seconds, 3),
+                },
             )
             for a, case, shape, field, quality in zip(aligned, cases, shapes, in_atlas_voxels, qualities, strict=True)
         ]

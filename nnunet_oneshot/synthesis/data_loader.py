@@ -25,14 +25,14 @@ from nnunet_oneshot.seeding import derive_seed
 from nnunet_oneshot.synthesis.sampler import (
     Atlas,
     Deformation,
+    Flows,
     apply_appearance,
-    case_location,
+    case_locations,
     draw_deformation,
-    in_all_channels,
     sample_patch,
     with_own_mask,
 )
-from nnunet_oneshot.synthesis.spatial import patch_coordinates, split_spatial
+from nnunet_oneshot.synthesis.spatial import patch_places, split_spatial
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class OneShotDataLoader(nnUNetDataLoader):
         self.settings = settings
         self.seed = seed
         self.pairs = sorted(registrations)
+        self.flows = Flows(list(registrations.values()))
         self.pair_weights = draw_weights([registrations[pair] for pair in self.pairs])
 
     def set_thread_id(self, thread_id: int) -> None:
@@ -138,19 +139,18 @@ class OneShotDataLoader(nnUNetDataLoader):
         from_real = np.random.uniform() < real_share if mixed else real_share == 1
         augment = self.settings.augment and not from_real
         deformation = draw_deformation(
-            registration, lambda: self._other(atlas_name), self.settings.synthesis, augment=augment
+            registration, lambda: self._other(atlas_name), self.settings.synthesis, augment=augment, flows=self.flows
         )
         locations = self._locations(deformation, atlas) if foreground or self.has_ignore else None
         # If the atlas has no label to centre on, nnU-Net's loader falls back to a random position.
         corner, _ = self.get_bbox(registration.case_shape, foreground, locations)
-        points = patch_coordinates(corner, self.patch_size, self.final_patch_size, self.spatial)
-        data = self._data.load_case(case)[0]
-        patch = sample_patch(points, deformation, atlas, lambda box: data[in_all_channels(box)])
+        places = patch_places(corner, self.patch_size, self.final_patch_size, self.spatial)
+        patch = sample_patch(places, deformation, atlas, self._data.load_case(case)[0], synthetic=not from_real)
         if from_real:
             patch = with_own_mask(patch, self.settings.masked)
         elif augment:
             patch = apply_appearance(patch, self.settings.synthesis)
-        image = patch.real.clone() if from_real else patch.synthetic
+        image = patch.real.clone() if patch.synthetic is None else patch.synthetic
         sample = {"image": image, "segmentation": patch.seg, "regression_target": patch.real}
         if self.patch_size_was_2d:
             sample = {name: volume[:, 0] for name, volume in sample.items()}
@@ -164,13 +164,15 @@ class OneShotDataLoader(nnUNetDataLoader):
 
     def _locations(self, deformation: Deformation, atlas: Atlas) -> dict:
         """nnU-Net's class locations with one voxel per class, mapped from the atlas to the case."""
-        moved: dict[Any, list] = {}
-        for name, places in atlas.class_locations.items():
-            if len(places) == 0:
-                moved[name] = []
-                continue
-            place = places[np.random.choice(len(places))]
-            moved[name] = [[0, *case_location(deformation, place[1:])]]
+        drawn = {
+            name: places[np.random.choice(len(places))][1:]
+            for name, places in atlas.class_locations.items()
+            if len(places) > 0
+        }
+        moved: dict[Any, list] = {name: [] for name in atlas.class_locations}
+        if drawn:
+            found = case_locations(deformation, np.array(list(drawn.values())))
+            moved.update({name: [[0, *place]] for name, place in zip(drawn, found, strict=True)})
         return moved
 
 

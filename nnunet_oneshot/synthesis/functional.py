@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 _QUANTILES = np.linspace(0, 1, 33)
+# Quantiles of large patches are those of about this many voxels, evenly taken from them.
+_COMPARED_VOXELS = 2**18
 
 
 def random_velocity(
@@ -33,22 +36,46 @@ def random_velocity(
         (3, *grid) float32, atlas voxels; the component of an axis along which the atlas has one voxel is 0.
     """
     sigma = [smoothness * g / n for g, n in zip(grid, atlas_shape, strict=True)]
-    field = np.zeros((3, *grid), np.float32)
+    field = torch.zeros((3, *grid))
     for axis in range(3):
         if atlas_shape[axis] == 1:
             continue
-        smooth = gaussian_filter(rng.standard_normal(tuple(grid)), sigma, mode="nearest")
-        deviation = smooth.std()
+        noise = torch.from_numpy(rng.standard_normal(tuple(grid)).astype(np.float32))
+        smooth = gaussian_smooth(noise, sigma, mode="nearest")
+        deviation, mean = torch.std_mean(smooth, correction=0)
         if deviation > 0:
-            field[axis] = magnitude * (smooth - smooth.mean()) / deviation
-    return torch.from_numpy(field)
+            field[axis] = (smooth - mean) * (magnitude / deviation)
+    return field
+
+
+def gaussian_smooth(volume: Tensor, sigma: Sequence[float], *, mode: str) -> Tensor:
+    """`scipy.ndimage.gaussian_filter` as one product with a matrix for each axis, several times faster in float32.
+
+    Args:
+        volume: (X, Y, Z) float32.
+        sigma: Standard deviation along each axis, voxels.
+        mode: How the volume continues beyond its border, as in scipy.
+
+    Returns:
+        (X, Y, Z) float32.
+    """
+    matrices = [_gaussian_matrix(size, float(width), mode) for size, width in zip(volume.shape, sigma, strict=True)]
+    along_y_and_z = matrices[1] @ (volume @ matrices[2].T)
+    return (matrices[0] @ along_y_and_z.flatten(1)).view_as(volume)
+
+
+@lru_cache(maxsize=64)
+def _gaussian_matrix(size: int, sigma: float, mode: str) -> Tensor:
+    """The Gaussian filter along an axis of ``size`` voxels, (size, size) float32."""
+    return torch.from_numpy(gaussian_filter1d(np.eye(size), sigma, axis=0, mode=mode).astype(np.float32))
 
 
 def match_quantiles(image: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     """Maps intensities so that their distribution inside a mask becomes the reference's, channel by channel.
 
     The map is monotone and piecewise linear between 33 quantiles; values beyond the outermost quantiles keep their
-    distance to them.
+    distance to them. Quantiles of large patches are estimated from a part of their voxels; the smallest and the largest
+    value are those of all.
 
     Args:
         image: (C, *patch).
@@ -60,19 +87,36 @@ def match_quantiles(image: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     """
     if int(mask.sum()) < len(_QUANTILES):
         return image
+    if mask.all():
+        # Indexing by a mask copies.
+        channels = zip(image.flatten(1), reference.flatten(1), strict=True)
+        return torch.stack([_matched(values, others) for values, others in channels]).view_as(image)
     result = image.clone()
     for channel in range(len(image)):
-        values = image[channel][mask].numpy()
-        source = np.quantile(values, _QUANTILES)
-        target = np.quantile(reference[channel][mask].numpy(), _QUANTILES)
-        source, first = np.unique(source, return_index=True)
-        target = target[first]
-        mapped = np.interp(values, source, target)
-        mapped += np.where(values > source[-1], values - source[-1], 0) + np.where(
-            values < source[0], values - source[0], 0
-        )
-        result[channel][mask] = torch.from_numpy(mapped.astype(np.float32))
+        result[channel][mask] = _matched(image[channel][mask], reference[channel][mask])
     return result
+
+
+def _matched(values: Tensor, reference: Tensor) -> Tensor:
+    """Values (N,) after the map of `match_quantiles`."""
+    source, first = np.unique(_quantiles(values), return_index=True)
+    target = _quantiles(reference)[first]
+    # Beyond the outermost quantiles the slope is 1.
+    slopes = np.concatenate([[1], np.diff(target) / np.diff(source), [1]])
+    begins = [0, *range(len(source))]
+    start, end, slope = (torch.from_numpy(table).float() for table in (source[begins], target[begins], slopes))
+    part = torch.bucketize(values, torch.from_numpy(source).float(), out_int32=True)
+    distance = values - start.index_select(0, part)
+    return end.index_select(0, part).addcmul_(distance, slope.index_select(0, part))
+
+
+def _quantiles(values: Tensor) -> np.ndarray:
+    """33 quantiles of (N,) values, float64."""
+    # Odd, so that the voxels of a patch with even edges do not all come from the same planes.
+    step = (len(values) // _COMPARED_VOXELS) | 1
+    found = np.quantile(values[::step].numpy(), _QUANTILES).astype(np.float64)
+    found[[0, -1]] = [float(end) for end in values.aminmax()]
+    return found
 
 
 def local_appearance_difference(image: Tensor, reference: Tensor, mask: Tensor, *, smoothness: float) -> Tensor:
@@ -89,11 +133,14 @@ def local_appearance_difference(image: Tensor, reference: Tensor, mask: Tensor, 
     Returns:
         (C, *patch), 0 outside the mask.
     """
-    weight = mask.numpy().astype(np.float32)
-    norm = np.maximum(gaussian_filter(weight, smoothness), 1e-3)
-    difference = (reference - image).numpy() * weight
-    smooth = [gaussian_filter(channel, smoothness) / norm * weight for channel in difference]
-    return torch.from_numpy(np.stack(smooth).astype(np.float32))
+    sigma = [smoothness] * mask.ndim
+    difference = reference - image
+    if mask.all():
+        return torch.stack([gaussian_smooth(channel, sigma, mode="reflect") for channel in difference])
+    weight = mask.float()
+    norm = gaussian_smooth(weight, sigma, mode="reflect").clamp_min(1e-3)
+    share = weight / norm
+    return torch.stack([gaussian_smooth(channel * weight, sigma, mode="reflect") * share for channel in difference])
 
 
 def transfer_appearance(
@@ -112,5 +159,6 @@ def transfer_appearance(
     Returns:
         (C, *patch).
     """
-    image = image + global_share * (match_quantiles(image, reference, mask) - image)
-    return image + local_share * local_appearance_difference(image, reference, mask, smoothness=smoothness)
+    image = torch.lerp(image, match_quantiles(image, reference, mask), global_share)
+    difference = local_appearance_difference(image, reference, mask, smoothness=smoothness)
+    return image.add_(difference, alpha=local_share)

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from torch import Tensor
 
 from nnunet_oneshot.config import SynthesisConfig
 from nnunet_oneshot.data.outline import empty_space
-from nnunet_oneshot.registration.pair.functional import sample_at, transform_points
+from nnunet_oneshot.registration.pair.functional import transform_points
 from nnunet_oneshot.registration.pair.registration import Registration
-from nnunet_oneshot.registration.pair.warp import deform_points, displacement_of, sample_labels
+from nnunet_oneshot.registration.pair.warp import (
+    CHUNK_POINTS,
+    deform_points,
+    displacement_of,
+    flow_points,
+    flow_single_points,
+    interpolate_in,
+    labels_in,
+    locate,
+    uniform_labels,
+)
 from nnunet_oneshot.synthesis.functional import random_velocity, transfer_appearance
+from nnunet_oneshot.synthesis.spatial import Places
 
 _STEPS = 5
+# Memory for the flows of registrations as they are, in each worker.
+_KEPT_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -24,14 +40,52 @@ class Atlas:
     """A labelled case in memory.
 
     Attributes:
-        image: (C, X, Y, Z) float32.
-        seg: (1, X, Y, Z) int16, -1 outside the nonzero region.
+        image: (C, X, Y, Z) float32, contiguous.
+        seg: (1, X, Y, Z) int16, contiguous; -1 outside the nonzero region.
         class_locations: Label or region -> (N, 4) voxel locations as nnU-Net stores them.
     """
 
     image: Tensor
     seg: Tensor
     class_locations: dict
+
+    @cached_property
+    def uniform(self) -> Tensor:
+        """Where labels need no interpolation; see `uniform_labels`."""
+        return uniform_labels(self.seg)
+
+
+class Flows:
+    """The flows of registrations as they are, kept once computed if those of all registrations fit into memory."""
+
+    def __init__(self, registrations: Sequence[Registration], *, kept_bytes: int = _KEPT_BYTES) -> None:
+        """Decides whether flows are kept.
+
+        Args:
+            registrations: All registrations.
+            kept_bytes: Memory for the flows and their inverses.
+        """
+        self._keeps = 2 * sum(registration.velocity.nbytes for registration in registrations) <= kept_bytes
+        self._kept: dict[tuple[str, str, int], Tensor] = {}
+
+    def move(self, points: Tensor, registration: Registration, *, sign: int) -> Tensor:
+        """Moves points by exp(sign v), with v the velocity field of a registration.
+
+        Args:
+            points: (3, *out), atlas voxel coordinates.
+            registration: The registration.
+            sign: 1, or -1 for the inverse.
+
+        Returns:
+            (3, *out), atlas voxel coordinates.
+        """
+        velocity, shape = sign * torch.from_numpy(registration.velocity), registration.atlas_shape
+        if not self._keeps:
+            return flow_points(points, velocity, shape, steps=_STEPS)
+        key = registration.atlas, registration.case, sign
+        if key not in self._kept:
+            self._kept[key] = displacement_of(velocity, shape, steps=_STEPS)
+        return deform_points(points, self._kept[key], shape)
 
 
 @dataclass(frozen=True)
@@ -40,16 +94,24 @@ class Deformation:
 
     Attributes:
         registration: The registration it starts from.
-        displacement: Displacement of exp(v_new), (3, gx, gy, gz), atlas voxels.
-        inverse: Displacement of exp(-v_new), as above.
-        undo: Displacement of exp(-v) of the registration, as above; None if v_new = v, so that the real image is read
-            as is.
+        velocity: The drawn field v_new, (3, gx, gy, gz), atlas voxels; None is the registration's own field v.
+        flows: The flows of registrations as they are.
     """
 
     registration: Registration
-    displacement: Tensor
-    inverse: Tensor
-    undo: Tensor | None
+    velocity: Tensor | None
+    flows: Flows
+
+    def move(self, points: Tensor) -> Tensor:
+        """Moves points (3, *out), atlas voxel coordinates, by exp(v_new)."""
+        if self.velocity is None:
+            return self.flows.move(points, self.registration, sign=1)
+        return flow_points(points, self.velocity, self.registration.atlas_shape, steps=_STEPS)
+
+    def to_case(self, points: Tensor) -> Tensor:
+        """Where the case shows the anatomy of the atlas: affine^-1(exp(-v)(points)), (3, *out), case voxels."""
+        inverse = torch.from_numpy(np.linalg.inv(self.registration.affine)).float()
+        return transform_points(inverse, self.flows.move(points, self.registration, sign=-1)[None])[0]
 
 
 @dataclass(frozen=True)
@@ -57,18 +119,23 @@ class Patch:
     """Aligned patches of the same spatial shape.
 
     Attributes:
-        synthetic: (C, *patch) warped atlas; 0 outside the case's field of view, as nnU-Net pads.
+        synthetic: (C, *patch) warped atlas; 0 outside the case's field of view, as nnU-Net pads. None if not asked for.
         real: (C, *patch) unlabelled image.
         seg: (1, *patch) int16 warped label; -1 outside the case's field of view.
     """
 
-    synthetic: Tensor
+    synthetic: Tensor | None
     real: Tensor
     seg: Tensor
 
 
 def draw_deformation(
-    registration: Registration, others: Callable[[], Registration], config: SynthesisConfig, *, augment: bool
+    registration: Registration,
+    others: Callable[[], Registration],
+    config: SynthesisConfig,
+    *,
+    augment: bool,
+    flows: Flows | None = None,
 ) -> Deformation:
     """Draws a velocity field around a registration's: scaled, mixed with another case's, plus a random field.
 
@@ -80,6 +147,7 @@ def draw_deformation(
         others: Returns the registration of the same atlas to another case.
         config: Probabilities and ranges.
         augment: False uses the registration unchanged.
+        flows: The flows of registrations; None keeps those of this one.
     """
     velocity = torch.from_numpy(registration.velocity)
     shape = registration.atlas_shape
@@ -92,64 +160,71 @@ def draw_deformation(
     if augment and np.random.uniform() < config.p_random:
         magnitude = np.random.uniform(0, config.random_magnitude)
         new = new + random_velocity(velocity.shape[1:], shape, magnitude=magnitude, smoothness=config.random_smoothness)
-    return Deformation(
-        registration,
-        displacement_of(new, shape, steps=_STEPS),
-        displacement_of(-new, shape, steps=_STEPS),
-        None if new is velocity else displacement_of(-velocity, shape, steps=_STEPS),
-    )
+    return Deformation(registration, None if new is velocity else new, flows or Flows([registration]))
 
 
-def case_location(deformation: Deformation, atlas_voxel: Sequence[int]) -> np.ndarray:
-    """The voxel of the case to which a deformation moves an atlas voxel, 3 integers inside the case."""
+def case_locations(deformation: Deformation, atlas_voxels: np.ndarray) -> np.ndarray:
+    """The voxels of the case to which a deformation moves a few atlas voxels.
+
+    The inverse flow is followed from these voxels alone.
+
+    Args:
+        deformation: The drawn deformation.
+        atlas_voxels: (N, 3).
+
+    Returns:
+        (N, 3) integers inside the case.
+    """
     registration = deformation.registration
-    point = torch.tensor(list(atlas_voxel), dtype=torch.float32).view(3, 1, 1, 1)
-    point = deform_points(point, deformation.inverse, registration.atlas_shape)
+    velocity = torch.from_numpy(registration.velocity) if deformation.velocity is None else deformation.velocity
+    points = torch.from_numpy(np.ascontiguousarray(np.transpose(atlas_voxels), dtype=np.float32))
+    moved = flow_single_points(points, -velocity, registration.atlas_shape, steps=_STEPS)
     inverse = torch.from_numpy(np.linalg.inv(registration.affine)).float()
-    place = transform_points(inverse, point[None])[0].flatten().round().numpy()
-    return np.clip(place, 0, np.array(registration.case_shape) - 1).astype(int)
+    places = transform_points(inverse, moved[None])[0].round().numpy().T
+    return np.clip(places, 0, np.array(registration.case_shape) - 1).astype(int)
 
 
-def sample_patch(
-    points: Tensor, deformation: Deformation, atlas: Atlas, read_case: Callable[[tuple[slice, ...]], np.ndarray]
-) -> Patch:
-    """Samples atlas, label and real image at the points of a patch.
+def sample_patch(places: Places, deformation: Deformation, atlas: Atlas, case: Any, *, synthetic: bool = True) -> Patch:
+    """Samples atlas, label and real image at the places of a patch.
 
     The atlas is sampled once at exp(v_new)(affine(p)). The real image is sampled where the same anatomy lies according
     to the registration, ``affine^-1(exp(-v)(exp(v_new)(affine(p))))``. This is p itself for an unchanged registration.
     Both thus stay aligned for any drawn deformation.
 
     Args:
-        points: (3, *patch), case voxel coordinates.
+        places: Where the patch lies in the case.
         deformation: The drawn deformation.
         atlas: The atlas.
-        read_case: Reads a box (C, *box) of the real image.
+        case: The real image, (C, *case_shape); only the part that is needed is read from it.
+        synthetic: Whether the image of the atlas is wanted.
     """
-    registration = deformation.registration
-    shape = registration.atlas_shape
-    affine = torch.from_numpy(registration.affine)
-    in_atlas = deform_points(transform_points(affine.float(), points[None])[0], deformation.displacement, shape)
-    sizes = torch.tensor(registration.case_shape, dtype=torch.float32).view(3, 1, 1, 1)
-    outside = ((points < -0.5) | (points > sizes - 0.5)).any(0)
-
-    box, local = _box(in_atlas, shape)
-    synthetic = sample_at(atlas.image[in_all_channels(box)][None], local[None])[0]
-    seg = sample_labels(atlas.seg[in_all_channels(box)], local)
-    synthetic[:, outside] = 0
-    seg[:, outside] = -1
-
-    real_points = points
-    if deformation.undo is not None:
-        inverse = torch.linalg.inv(affine).float()
-        real_points = transform_points(inverse, deform_points(in_atlas, deformation.undo, shape)[None])[0]
-    box, local = _box(real_points, registration.case_shape)
-    crop = torch.from_numpy(np.ascontiguousarray(read_case(box), dtype=np.float32))
-    return Patch(synthetic, sample_at(crop[None], local[None], padding="zeros")[0], seg)
+    lattice = places.lattice
+    affine = torch.from_numpy(deformation.registration.affine).float()
+    in_atlas = deformation.move(transform_points(affine, places.points[None])[0])
+    image = torch.empty((len(atlas.image), *lattice.shape)) if synthetic else None
+    seg = torch.empty((1, *lattice.shape), dtype=torch.int16)
+    for slab, points in lattice.slabs(in_atlas, CHUNK_POINTS):
+        cells = locate(points.flatten(1), atlas.seg.shape[1:])
+        seg[0, slab] = labels_in(atlas.seg, atlas.uniform, cells).view(points.shape[1:])
+        if image is not None:
+            image[:, slab] = interpolate_in(atlas.image, cells).view(-1, *points.shape[1:])
+    outside = _outside(places, deformation.registration.case_shape)
+    if outside is not None:
+        seg[:, outside] = -1
+        if image is not None:
+            image[:, outside] = 0
+    if deformation.velocity is None:
+        return Patch(image, _real_patch(places, places.points, case), seg)
+    return Patch(image, _real_patch(Places(lattice, places.points), deformation.to_case(in_atlas), case), seg)
 
 
-def in_all_channels(box: tuple[slice, ...]) -> tuple[slice, ...]:
-    """The index of a box (3 slices) in a volume (C, X, Y, Z)."""
-    return (slice(None), *box)
+def _outside(places: Places, case_shape: Sequence[int]) -> Tensor | None:
+    """Where a patch (*patch) lies outside of the case's field of view; None if it does nowhere."""
+    sizes = torch.tensor(case_shape, dtype=torch.float32).view(3, 1, 1, 1)
+    if not ((places.points < -0.5) | (places.points > sizes - 0.5)).any():
+        return None
+    points = places.lattice.dense(places.points)
+    return ((points < -0.5) | (points > sizes - 0.5)).any(0)
 
 
 def with_own_mask(patch: Patch, masked: Sequence[bool]) -> Patch:
@@ -173,7 +248,7 @@ def with_own_mask(patch: Patch, masked: Sequence[bool]) -> Patch:
 
 def apply_appearance(patch: Patch, config: SynthesisConfig) -> Patch:
     """With the configured probability, gives the synthetic patch part of the real one's appearance."""
-    if np.random.uniform() >= config.p_appearance:
+    if patch.synthetic is None or np.random.uniform() >= config.p_appearance:
         return patch
     global_share, local_share = np.random.uniform(*config.appearance_strength, size=2)
     synthetic = transfer_appearance(
@@ -187,13 +262,28 @@ def apply_appearance(patch: Patch, config: SynthesisConfig) -> Patch:
     return Patch(synthetic, patch.real, patch.seg)
 
 
-def _box(points: Tensor, shape: Sequence[int]) -> tuple[tuple[slice, ...], Tensor]:
-    """The part of a volume that linear interpolation at ``points`` needs, and the points relative to it."""
-    flat = points.flatten(1)
-    low, high = flat.min(1).values.floor().long().tolist(), flat.max(1).values.ceil().long().tolist()
-    box = []
-    for start, stop, size in zip(low, high, shape, strict=True):
-        start = min(max(start, 0), size - 1)
-        box.append(slice(start, min(max(stop, start) + 1, size)))
-    offset = torch.tensor([part.start for part in box], dtype=points.dtype).view(3, 1, 1, 1)
-    return tuple(box), points - offset
+def _real_patch(places: Places, points: Tensor, case: Any) -> Tensor:
+    """The image of a case at the places of a patch, (C, *patch) float32; 0 outside of the case.
+
+    Args:
+        places: Where the patch lies.
+        points: (3, *lattice), case voxel coordinates.
+        case: (C, *case_shape).
+    """
+    lattice = places.lattice
+    if places.corner is not None:
+        box = [[low, low + size] for low, size in zip(places.corner, lattice.shape, strict=True)]
+        return torch.from_numpy(crop_and_pad_nd(case, box, 0)).float()
+    low, high = points.flatten(1).aminmax(dim=1)
+    # With a margin of zeros around the image, a place beyond its border is half in it.
+    box = [
+        [int(np.clip(np.floor(start), -1, size)), int(np.clip(np.floor(stop), -1, size)) + 2]
+        for start, stop, size in zip(low.tolist(), high.tolist(), case.shape[1:], strict=True)
+    ]
+    crop = torch.from_numpy(crop_and_pad_nd(case, box, 0)).float().contiguous()
+    offset = torch.tensor([float(start) for start, _ in box]).view(3, 1, 1, 1)
+    result = torch.empty((len(crop), *lattice.shape))
+    for slab, part in lattice.slabs(points - offset, CHUNK_POINTS):
+        cells = locate(part.flatten(1), crop.shape[1:])
+        result[:, slab] = interpolate_in(crop, cells).view(-1, *part.shape[1:])
+    return result

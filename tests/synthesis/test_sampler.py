@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
 from nnunet_oneshot.config import SynthesisConfig
-from nnunet_oneshot.registration.pair.functional import identity_grid
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.warp import warp_atlas_to_case
 from nnunet_oneshot.synthesis.functional import (
@@ -17,7 +18,16 @@ from nnunet_oneshot.synthesis.functional import (
     random_velocity,
     transfer_appearance,
 )
-from nnunet_oneshot.synthesis.sampler import Atlas, Patch, case_location, draw_deformation, sample_patch, with_own_mask
+from nnunet_oneshot.synthesis.sampler import (
+    Atlas,
+    Flows,
+    Patch,
+    case_locations,
+    draw_deformation,
+    sample_patch,
+    with_own_mask,
+)
+from nnunet_oneshot.synthesis.spatial import Lattice, Places
 
 SHAPE = (20, 22, 18)
 ALWAYS = SynthesisConfig(p_scale=1, p_mix=1, p_random=1, random_magnitude=1.0)
@@ -42,6 +52,13 @@ def atlas():
     return Atlas(torch.from_numpy(image), torch.from_numpy(seg), {1: np.argwhere(seg == 1), 2: np.argwhere(seg == 2)})
 
 
+def places(shape=SHAPE, corner=(0, 0, 0), *, step=2, whole=True):
+    """A box of voxels of the case."""
+    lattice = Lattice(tuple(shape), step)
+    points = lattice.voxels() + torch.tensor(corner, dtype=torch.float32).view(3, 1, 1, 1)
+    return Places(lattice, points, tuple(corner) if whole else None)
+
+
 def drawn(config=ALWAYS, augment=True, seed=0):
     np.random.seed(seed)
     return draw_deformation(registration(1), lambda: registration(2), config, augment=augment)
@@ -49,9 +66,7 @@ def drawn(config=ALWAYS, augment=True, seed=0):
 
 def test_without_augmentation_the_patch_is_the_registration():
     source, pair = atlas(), registration(1)
-    patch = sample_patch(
-        identity_grid(SHAPE), drawn(augment=False), source, lambda box: smooth_image(3)[(slice(None), *box)]
-    )
+    patch = sample_patch(places(), drawn(augment=False), source, smooth_image(3))
     image, seg = warp_atlas_to_case(pair, source.image.numpy(), source.seg.numpy())
     assert np.abs(patch.synthetic.numpy() - image).mean() < 0.02
     assert (patch.seg.numpy() == seg).mean() > 0.99
@@ -63,9 +78,9 @@ def test_drawn_deformations_keep_both_patches_aligned(seed):
     """Where the case is the warped atlas itself, synthetic and real patch must agree."""
     source, pair = atlas(), registration(1)
     case, _ = warp_atlas_to_case(pair, source.image.numpy(), source.seg.numpy())
-    points = identity_grid(tuple(n - 8 for n in SHAPE)) + 4
-    plain = sample_patch(points, drawn(augment=False), source, lambda box: case[(slice(None), *box)])
-    patch = sample_patch(points, drawn(seed=seed), source, lambda box: case[(slice(None), *box)])
+    inner = places([n - 8 for n in SHAPE], (4, 4, 4))
+    plain = sample_patch(inner, drawn(augment=False), source, case)
+    patch = sample_patch(inner, drawn(seed=seed), source, case)
     inside = patch.real != 0
     moved = (patch.synthetic - plain.synthetic).abs()[inside].mean()
     apart = (patch.synthetic - patch.real).abs()[inside].mean()
@@ -75,15 +90,14 @@ def test_drawn_deformations_keep_both_patches_aligned(seed):
 
 def test_label_follows_the_synthetic_image_exactly():
     source = atlas()
-    patch = sample_patch(identity_grid(SHAPE), drawn(seed=5), source, lambda box: smooth_image()[(slice(None), *box)])
+    patch = sample_patch(places(), drawn(seed=5), source, smooth_image())
     expected = np.digitize(patch.synthetic.numpy(), (0.0, 0.6))
     inside = patch.seg.numpy() >= 0
     assert (patch.seg.numpy() == expected)[inside].mean() > 0.9
 
 
 def test_outside_the_case_is_padded_as_nnunet_does():
-    points = identity_grid((6, 6, 6)) - 10
-    patch = sample_patch(points, drawn(augment=False), atlas(), lambda box: smooth_image()[(slice(None), *box)])
+    patch = sample_patch(places((6, 6, 6), (-10, -10, -10)), drawn(augment=False), atlas(), smooth_image())
     assert not patch.synthetic.any()
     assert not patch.real.any()
     assert (patch.seg == -1).all()
@@ -93,23 +107,67 @@ def test_atlas_voxel_is_found_in_the_case():
     deformation = drawn(seed=2)
     source = atlas()
     hits = []
-    for voxel in source.class_locations[2][::20, 1:]:
-        place = case_location(deformation, voxel)
-        points = torch.tensor(place, dtype=torch.float32).view(3, 1, 1, 1)
-        patch = sample_patch(points, deformation, source, lambda box: smooth_image()[(slice(None), *box)])
+    for place in case_locations(deformation, source.class_locations[2][::20, 1:]):
+        patch = sample_patch(places((1, 1, 1), place.tolist()), deformation, source, smooth_image())
         hits.append(int(patch.seg) == 2)
     assert np.mean(hits) > 0.6
 
 
-def test_only_images_are_read_for_scaled_mixed_and_random_fields():
-    reads = []
-    sample_patch(
-        identity_grid(SHAPE),
-        drawn(seed=3),
-        atlas(),
-        lambda box: reads.append(box) or smooth_image()[(slice(None), *box)],
+class Reads:
+    """A case on disk that notes what is read."""
+
+    shape = (1, *SHAPE)
+    dtype = np.dtype(np.float32)
+
+    def __init__(self):
+        self.boxes = []
+
+    def __getitem__(self, index):
+        self.boxes.append([part.stop - part.start for part in index[1:]])
+        return smooth_image()[index]
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_only_the_part_of_the_case_around_the_patch_is_read(augment):
+    case = Reads()
+    sample_patch(places((6, 6, 6), (4, 4, 4)), drawn(augment=augment), atlas(), case)
+    assert len(case.boxes) == 1
+    assert max(case.boxes[0]) <= (14 if augment else 6)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_patch_is_that_part_of_the_warped_volume(augment):
+    """Flows of the part around the patch, or kept ones, on every voxel: to rounding the warp of the whole volume."""
+    source, pair, corner, shape = atlas(), registration(1), (3, 5, 2), (10, 9, 12)
+    deformation = drawn(augment=augment)
+    velocity = pair.velocity if deformation.velocity is None else deformation.velocity.numpy()
+    image, seg = warp_atlas_to_case(replace(pair, velocity=velocity), source.image.numpy(), source.seg.numpy(), steps=5)
+    part = (slice(None), *[slice(c, c + n) for c, n in zip(corner, shape, strict=True)])
+    for kept_bytes in (0, 2**20):
+        own = replace(deformation, flows=Flows([pair], kept_bytes=kept_bytes))
+        exact = sample_patch(places(shape, corner, step=1), own, source, smooth_image(3))
+        assert np.allclose(exact.synthetic, image[part], atol=1e-4)
+        assert (exact.seg.numpy() == seg[part]).mean() > 0.999
+        near = sample_patch(places(shape, corner), own, source, smooth_image(3))
+        assert np.abs(near.synthetic.numpy() - image[part]).mean() < 0.02
+        assert (near.seg.numpy() == seg[part]).mean() > 0.99
+
+
+def test_a_real_patch_needs_no_image_of_the_atlas():
+    patch = sample_patch(places(), drawn(augment=False), atlas(), smooth_image(3), synthetic=False)
+    assert patch.synthetic is None
+    assert np.array_equal(patch.real, smooth_image(3))
+
+
+def test_a_box_is_read_as_it_is_interpolated():
+    """Also where it lies partly outside of the case."""
+    corner = (-3, 15, 4)
+    as_box, as_points = (
+        sample_patch(places((8, 10, 9), corner, whole=whole), drawn(augment=False), atlas(), smooth_image(3)).real
+        for whole in (True, False)
     )
-    assert len(reads) == 1
+    assert torch.allclose(as_box, as_points, atol=1e-5)
+    assert not as_box[:, :3].any() and as_box[:, 3:].any()
 
 
 def test_random_velocity_has_the_asked_magnitude_and_no_mean():

@@ -35,6 +35,7 @@ class LoaderDataset:
         shape: Voxels of each image.
         patch_size: Patch of the plans.
         batch_size: Batch size of the plans.
+        labels: Number of foreground labels, at most ten organs.
         cases: Number of cases: the atlas, training cases and a validation case; at least 3.
         seed: The same seed gives the same files.
     """
@@ -42,6 +43,7 @@ class LoaderDataset:
     shape: Sequence[int]
     patch_size: Sequence[int]
     batch_size: int
+    labels: int
     cases: int
     seed: int = 2026
 
@@ -55,7 +57,7 @@ class LoaderDataset:
         """Content of ``dataset.json``."""
         return {
             "channel_names": {"0": "CT"},
-            "labels": abdomens.LABELS,
+            "labels": dict(list(abdomens.LABELS.items())[: self.labels + 1]),
             "numTraining": self.cases,
             "file_ending": ".nii.gz",
         }
@@ -129,8 +131,8 @@ class LoaderDataset:
         data = zoom(image.astype(np.float32), factors, order=1)[None]
         data += rng.standard_normal(data.shape, dtype=np.float32) * 12
         data = (data.clip(-1000, 300) - 60) / 90
-        seg = zoom(label, factors, order=0)[None].astype(np.int8)
-        labels = list(range(1, len(abdomens.LABELS)))
+        seg = zoom(np.where(label > self.labels, 0, label), factors, order=0)[None].astype(np.int8)
+        labels = list(range(1, self.labels + 1))
         properties = {
             "spacing": [1.0, 1.0, 1.0],
             "class_locations": DefaultPreprocessor._sample_foreground_locations(seg, labels),

@@ -48,17 +48,21 @@ class LoaderSpeed:
         loader: Name in `LOADERS`.
         patches: Number of timed patches.
         seconds: Mean time of a patch.
-        standard_error: Of that mean, seconds.
-        patches_per_second: Its inverse.
+        cpu_seconds: Mean processor time of a patch, on which other work on the machine has less influence.
+        standard_error: Of the mean processor time, seconds.
+        patches_per_second: Inverse of ``seconds``.
         ratio: Patches a second to nnU-Net's.
+        cpu_ratio: The same by processor time.
     """
 
     loader: str
     patches: int
     seconds: float
+    cpu_seconds: float
     standard_error: float
     patches_per_second: float
     ratio: float
+    cpu_ratio: float
 
 
 @dataclass(frozen=True)
@@ -103,35 +107,39 @@ def measure(loaders: Mapping[str, Any], *, batches: int, warm_up: int, seed: int
         warm_up: Number of batches before them.
         seed: Seed of the first round; all loaders of a round start from the same one.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in loaders}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
     for number in range(warm_up + batches):
         for name, loader in loaders.items():
             seed_everything(seed + number)
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             size = len(next(loader)["data"])
             if number >= warm_up:
-                seconds[name].append((time.perf_counter() - started) / size)
-    means = {name: float(np.mean(times)) for name, times in seconds.items()}
+                times[name].append(
+                    ((time.perf_counter() - started[0]) / size, (time.process_time() - started[1]) / size)
+                )
+    means = {name: np.mean(found, axis=0).tolist() for name, found in times.items()}
     return [
         LoaderSpeed(
             loader=name,
             patches=batches * size,
-            seconds=means[name],
-            standard_error=float(np.std(times) / np.sqrt(len(times))),
-            patches_per_second=1 / means[name],
-            ratio=means[STOCK] / means[name],
+            seconds=means[name][0],
+            cpu_seconds=means[name][1],
+            standard_error=float(np.std([cpu for _, cpu in found]) / np.sqrt(len(found))),
+            patches_per_second=1 / means[name][0],
+            ratio=means[STOCK][0] / means[name][0],
+            cpu_ratio=means[STOCK][1] / means[name][1],
         )
-        for name, times in seconds.items()
+        for name, found in times.items()
     ]
 
 
 def report(speeds: Sequence[LoaderSpeed]) -> str:
     """A table with one row for each loader."""
-    lines = ["| loader | patches | seconds a patch | standard error | patches a second | to nnU-Net |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    columns = ["loader", "patches", "seconds", "CPU seconds", "error", "patches a second", "to nnU-Net", "by CPU"]
+    lines = [" | ".join(["", *columns, ""]).strip(), "| --- " * len(columns) + "|"]
     for s in speeds:
-        numbers = f"{s.seconds:.3f} | {s.standard_error:.3f} | {s.patches_per_second:.2f} | {s.ratio:.2f}"
-        lines.append(f"| {s.loader} | {s.patches} | {numbers} |")
+        times = f"{s.seconds:.3f} | {s.cpu_seconds:.3f} | {s.standard_error:.3f} | {s.patches_per_second:.2f}"
+        lines.append(f"| {s.loader} | {s.patches} | {times} | {s.ratio:.2f} | {s.cpu_ratio:.2f} |")
     return "\n".join(lines)
 
 
@@ -142,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", default=[256, 256, 200], help="voxels of a volume; default: 256 256 200", **axes)
     parser.add_argument("--patch", default=[128, 128, 128], help="patch size; default: 128 128 128", **axes)
     parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="default: %(default)s")
+    parser.add_argument("--labels", type=int, default=10, metavar="N", help="1 to 10; default: %(default)s")
     parser.add_argument("--cases", type=int, default=5, metavar="N", help="with atlas and validation case; default: %(default)s")
     parser.add_argument("--batches", type=int, default=20, metavar="N", help="timed for each; default: %(default)s")
     parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="default: %(default)s")
@@ -155,10 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     if min(*options.shape, *options.patch, options.batch_size, options.batches) < 1 or options.cases < 3:
         raise OneShotError("Give sizes and numbers of at least 1, and at least 3 cases.")
+    if not 1 <= options.labels <= 10:
+        raise OneShotError(f"{options.labels} labels were asked for: give a number from 1 to 10.")
     os.environ[VARIABLE] = ext_trainer_value(os.environ.get(VARIABLE))
     os.environ["nnUNet_n_proc_DA"] = "0"
     torch.set_num_threads(1)
-    dataset = LoaderDataset(tuple(options.shape), tuple(options.patch), options.batch_size, options.cases)
+    dataset = LoaderDataset(
+        tuple(options.shape), tuple(options.patch), options.batch_size, options.labels, options.cases
+    )
     with tempfile.TemporaryDirectory() as folder:
         for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             os.environ[variable] = str(Path(folder) / variable)

@@ -251,7 +251,8 @@ def interpolate_in(volume: Tensor, cells: Cells) -> Tensor:
 
 
 def _at(values: Tensor, cells: Cells, offset: int) -> Tensor:
-    return values.index_select(0, cells.index + offset if offset else cells.index)
+    """The values (N,) of a flattened volume, ``offset`` voxels after the first of each cell."""
+    return values[offset:].index_select(0, cells.index)
 
 
 def uniform_labels(seg: Tensor) -> Tensor:

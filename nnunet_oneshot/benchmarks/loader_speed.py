@@ -1,8 +1,8 @@
 """Patches a second of one worker, ours beside nnU-Net's: ``python -m nnunet_oneshot.benchmarks.loader_speed``.
 
-Writes generated cases at full size with generated registrations, and lets the trainers build their loaders as they do for
-a training, all transforms included. One process with one thread then makes batches of each loader in turn, so that other
-work on the machine slows all of them alike.
+Writes generated cases at full size with generated registrations, and lets the trainers build their loaders as they do
+for a training, all transforms included. One process with one thread then makes batches of each loader in turn, so that
+other work on the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -146,12 +146,12 @@ def report(speeds: Sequence[LoaderSpeed]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    axes = {"type": int, "nargs": 3, "metavar": "N"}
-    parser.add_argument("--shape", default=[256, 256, 200], help="voxels of a volume; default: 256 256 200", **axes)
-    parser.add_argument("--patch", default=[128, 128, 128], help="patch size; default: 128 128 128", **axes)
+    for name, what, sizes in (("--shape", "volume", [256, 256, 200]), ("--patch", "patch", [128, 128, 128])):
+        shown = f"voxels of a {what}; default: %(default)s"
+        parser.add_argument(name, type=int, nargs=3, metavar="N", default=sizes, help=shown)
     parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--labels", type=int, default=10, metavar="N", help="1 to 10; default: %(default)s")
-    parser.add_argument("--cases", type=int, default=5, metavar="N", help="with atlas and validation case; default: %(default)s")
+    parser.add_argument("--cases", type=int, default=5, metavar="N", help="of all kinds; default: %(default)s")
     parser.add_argument("--batches", type=int, default=20, metavar="N", help="timed for each; default: %(default)s")
     parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the patches; default: %(default)s")

@@ -13,6 +13,8 @@ from torch import Tensor
 _QUANTILES = np.linspace(0, 1, 33)
 # Quantiles of large patches are those of about this many voxels, evenly taken from them.
 _COMPARED_VOXELS = 2**18
+# Voxels that are changed at a time: as many as a processor's cache holds.
+_TOGETHER = 2**16
 
 
 def random_velocity(
@@ -105,9 +107,13 @@ def _matched(values: Tensor, reference: Tensor) -> Tensor:
     slopes = np.concatenate([[1], np.diff(target) / np.diff(source), [1]])
     begins = [0, *range(len(source))]
     start, end, slope = (torch.from_numpy(table).float() for table in (source[begins], target[begins], slopes))
-    part = torch.bucketize(values, torch.from_numpy(source).float(), out_int32=True)
-    distance = values - start.index_select(0, part)
-    return end.index_select(0, part).addcmul_(distance, slope.index_select(0, part))
+    bounds = torch.from_numpy(source).float()
+    result = []
+    for some in values.split(_TOGETHER):
+        part = torch.bucketize(some, bounds, out_int32=True)
+        distance = (some - start.index_select(0, part)).mul_(slope.index_select(0, part))
+        result.append(distance.add_(end.index_select(0, part)))
+    return torch.cat(result)
 
 
 def _quantiles(values: Tensor) -> np.ndarray:

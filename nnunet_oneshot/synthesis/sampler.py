@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from nnunet_oneshot.registration.pair.functional import transform_points
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.warp import (
     CHUNK_POINTS,
+    Cells,
     deform_points,
     displacement_of,
     flow_points,
@@ -202,17 +203,20 @@ def sample_patch(places: Places, deformation: Deformation, atlas: Atlas, case: A
     affine = torch.from_numpy(deformation.registration.affine).float()
     in_atlas = deformation.move(transform_points(affine, places.points[None])[0])
     image = torch.empty((len(atlas.image), *lattice.shape)) if synthetic else None
-    seg = torch.empty((1, *lattice.shape), dtype=torch.int16)
-    for slab, points in lattice.slabs(in_atlas, CHUNK_POINTS):
-        cells = locate(points.flatten(1), atlas.seg.shape[1:])
-        seg[0, slab] = labels_in(atlas.seg, atlas.uniform, cells).view(points.shape[1:])
-        if image is not None:
-            image[:, slab] = interpolate_in(atlas.image, cells).view(-1, *points.shape[1:])
+
+    def cells() -> Iterator[Cells]:
+        for slab, points in lattice.slabs(in_atlas, CHUNK_POINTS):
+            around = locate(points.flatten(1), atlas.seg.shape[1:])
+            if image is not None:
+                image[:, slab] = interpolate_in(atlas.image, around).view(-1, *points.shape[1:])
+            yield around
+
+    seg = labels_in(atlas.seg, atlas.uniform, cells()).view(1, *lattice.shape)
     outside = _outside(places, deformation.registration.case_shape)
     if outside is not None:
-        seg[:, outside] = -1
+        seg.masked_fill_(outside, -1)
         if image is not None:
-            image[:, outside] = 0
+            image.masked_fill_(outside, 0)
     if deformation.velocity is None:
         return Patch(image, _real_patch(places, places.points, case), seg)
     return Patch(image, _real_patch(Places(lattice, places.points), deformation.to_case(in_atlas), case), seg)
@@ -221,9 +225,13 @@ def sample_patch(places: Places, deformation: Deformation, atlas: Atlas, case: A
 def _outside(places: Places, case_shape: Sequence[int]) -> Tensor | None:
     """Where a patch (*patch) lies outside of the case's field of view; None if it does nowhere."""
     sizes = torch.tensor(case_shape, dtype=torch.float32).view(3, 1, 1, 1)
-    if not ((places.points < -0.5) | (places.points > sizes - 0.5)).any():
+    if not _beyond(places.points, sizes).any():
         return None
-    points = places.lattice.dense(places.points)
+    slabs = places.lattice.slabs(places.points, CHUNK_POINTS)
+    return torch.cat([_beyond(points, sizes) for _, points in slabs])
+
+
+def _beyond(points: Tensor, sizes: Tensor) -> Tensor:
     return ((points < -0.5) | (points > sizes - 0.5)).any(0)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,11 +75,6 @@ class Lattice:
                 continue
             rows = torch.lerp(stretched[:, first[slab]], stretched[:, second[slab]], share[slab].view(-1, 1, 1))
             yield slab, torch.lerp(rows.index_select(2, low), rows.index_select(2, high), y_share.view(-1, 1))
-
-    def dense(self, coordinates: Tensor) -> Tensor:
-        """Coordinates (3, *lattice) at all voxels of the patch, (3, *shape)."""
-        ((_, result),) = self.slabs(coordinates, math.prod(self.shape))
-        return result
 
     def _neighbours(self, axis: int) -> tuple[Tensor, Tensor, Tensor]:
         """For each voxel along an axis the places before and after it, and its distance from the first, 0 to 1."""
@@ -160,8 +154,8 @@ def _affine_offsets(spatial: SpatialTransform, lattice: Lattice) -> Tensor | Non
     if grid is None:
         return None
     corners = _offsets(grid, small.patch_size)
-    origin = (slice(None), *[0] * dim)
-    columns = [corners.select(axis + 1, 1)[origin[:-1]] - corners[origin] for axis in range(dim)]
+    origin = corners.flatten(1)[:, 0]
+    columns = [corners.select(axis + 1, 1).flatten(1)[:, 0] - origin for axis in range(dim)]
     voxels = lattice.voxels()[3 - dim :]
     voxels = voxels if dim == 3 else voxels[:, 0]
     middle = torch.tensor([(size - 1) / 2 for size in lattice.shape[3 - dim :]]).view(-1, *[1] * dim)

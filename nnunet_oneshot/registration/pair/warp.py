@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -26,6 +25,8 @@ _CHUNK_VOXELS = 4_000_000
 _TIE = 1e-5
 # Points that are located and interpolated at a time: as many as a processor's cache holds.
 CHUNK_POINTS = 2**16
+# Voxels of a velocity grid around the reach of a flow.
+_AROUND = 2
 # No label: the voxels around a point have different ones.
 MIXED = torch.iinfo(torch.int16).min
 
@@ -77,19 +78,34 @@ def flow_points(points: Tensor, velocity: Tensor, atlas_shape: Sequence[int], *,
         (3, *out).
     """
     grid = velocity.shape[1:]
-    own = scale_vectors(velocity[None], atlas_shape, grid)
-    ratio = torch.tensor([g / n for g, n in zip(grid, atlas_shape, strict=True)]).view(-1, *[1] * (points.ndim - 1))
-    places = (points + 0.5) * ratio - 0.5
-    # No point travels farther than the largest velocity.
-    reach = own.abs().amax((0, 2, 3, 4)).ceil().long() + 1
-    lowest, highest = places.flatten(1).aminmax(dim=1)
-    parts = []
-    for low, high, margin, size in zip(lowest.tolist(), highest.tolist(), reach.tolist(), grid, strict=True):
-        start = min(max(math.floor(low) - margin, 0), size - 1)
-        parts.append(slice(start, max(min(math.ceil(high) + margin + 1, size), start + 1)))
-    offset = torch.tensor([float(part.start) for part in parts]).view(-1, *[1] * (points.ndim - 1))
-    displacement = integrate_velocity(own[(slice(None), slice(None), *parts)].contiguous(), steps=steps)
-    return points + sample_at(displacement, (places - offset)[None])[0] / ratio
+    own = scale_vectors(velocity[None], atlas_shape, grid)[0]
+    ratio = torch.tensor([g / n for g, n in zip(grid, atlas_shape, strict=True)])[:, None]
+    places = (points.flatten(1) + 0.5) * ratio - 0.5
+    part = _reachable(own, places)
+    flow = own[:, part[0], part[1], part[2]] / 2**steps
+    nodes = identity_grid(flow.shape[1:]).flatten(1)
+    for _ in range(steps):
+        flow = flow + interpolate_at(flow, nodes + flow.flatten(1)).view_as(flow)
+    offset = torch.tensor([float(axis.start) for axis in part])[:, None]
+    return points + (interpolate_at(flow, places - offset) / ratio).view_as(points)
+
+
+def _reachable(velocity: Tensor, places: Tensor) -> tuple[slice, ...]:
+    """The part of a velocity grid (3, gx, gy, gz) in its own voxels that flows from places (3, N) can reach."""
+    low, high = (end[:, None] for end in places.aminmax(dim=1))
+    last = torch.tensor(velocity.shape[1:])[:, None] - 1
+    part: tuple[slice, ...] = ()
+    farthest = torch.cat([low, high], dim=1)
+    while True:
+        # A flow passes between voxels, so that those around it count.
+        ends = torch.cat([farthest[:, :1].floor() - _AROUND, farthest[:, 1:].ceil() + _AROUND], dim=1)
+        inside = torch.minimum(ends.clamp_min(0), last).long().tolist()
+        wider = tuple(slice(start, stop + 1) for start, stop in inside)
+        if wider == part:
+            return part
+        part = wider
+        slowest, fastest = velocity[:, part[0], part[1], part[2]].flatten(1).aminmax(dim=1)
+        farthest = torch.cat([low + slowest[:, None].clamp_max(0), high + fastest[:, None].clamp_min(0)], dim=1)
 
 
 def flow_single_points(points: Tensor, velocity: Tensor, atlas_shape: Sequence[int], *, steps: int = 7) -> Tensor:
@@ -187,10 +203,26 @@ def sample_labels(seg: Tensor, coordinates: Tensor) -> Tensor:
     Returns:
         (1, *out) int16; the smallest label wins ties.
     """
+    seg = seg.contiguous()
     uniform = uniform_labels(seg)
     parts = coordinates.flatten(1).split(CHUNK_POINTS, dim=1)
-    labels = [labels_in(seg, uniform, locate(part, seg.shape[1:])) for part in parts]
-    return torch.cat(labels).view(1, *coordinates.shape[1:])
+    labels = labels_in(seg, uniform, (locate(part, seg.shape[1:]) for part in parts))
+    return labels.view(1, *coordinates.shape[1:])
+
+
+def interpolate_at(volume: Tensor, points: Tensor) -> Tensor:
+    """Linear interpolation at voxel coordinates; a point outside of the volume takes its nearest voxel.
+
+    Args:
+        volume: (C, X, Y, Z).
+        points: (3, N), voxel coordinates.
+
+    Returns:
+        (C, N).
+    """
+    volume = volume.contiguous()
+    parts = points.split(CHUNK_POINTS, dim=1)
+    return torch.cat([interpolate_in(volume, locate(part, volume.shape[1:])) for part in parts], dim=1)
 
 
 @dataclass(frozen=True)
@@ -275,22 +307,35 @@ def uniform_labels(seg: Tensor) -> Tensor:
     return result
 
 
-def labels_in(seg: Tensor, uniform: Tensor, cells: Cells) -> Tensor:
+def labels_in(seg: Tensor, uniform: Tensor, parts: Iterable[Cells]) -> Tensor:
     """The label with the highest linearly interpolated indicator; the smallest label wins ties.
 
     Args:
         seg: (1, X, Y, Z) int16, contiguous.
         uniform: `uniform_labels` of it.
-        cells: N points in the volume.
+        parts: Points in the volume, at least one part; no more than one is in memory at a time.
 
     Returns:
-        (N,) int16.
+        (N,) int16, the labels of the points of all parts.
     """
-    result = uniform.flatten().index_select(0, cells.index)
-    # Most points lie between voxels of a single label, which needs no interpolation.
+    labels, indices, shares = [], [], []
+    strides: tuple[int, ...] = ()
+    for cells in parts:
+        labels.append(uniform.flatten().index_select(0, cells.index))
+        # Most points lie between voxels of a single label, which needs no interpolation.
+        mixed = (labels[-1] == MIXED).nonzero()[:, 0]
+        indices.append(cells.index.index_select(0, mixed))
+        shares.append(cells.shares.index_select(1, mixed))
+        strides = cells.strides
+    result = torch.cat(labels)
     mixed = (result == MIXED).nonzero()[:, 0]
-    if len(mixed):
-        result[mixed] = _heaviest_labels(seg, Cells(cells.index[mixed], cells.shares[:, mixed], cells.strides))
+    for some, index, share in zip(
+        mixed.split(CHUNK_POINTS),
+        torch.cat(indices).split(CHUNK_POINTS),
+        torch.cat(shares, dim=1).split(CHUNK_POINTS, dim=1),
+        strict=True,
+    ):
+        result.index_copy_(0, some, _heaviest_labels(seg, Cells(index, share, strides)))
     return result
 
 
@@ -308,7 +353,8 @@ def _heaviest_labels(seg: Tensor, cells: Cells) -> Tensor:
     result = torch.where(upper > 0.5 * (1 + _TIE), largest, smallest)
     several = ((label != smallest) & (label != largest)).any(0).nonzero()[:, 0]
     if len(several):
-        result[several] = _heaviest_of_several(label[:, several], weight[:, several])
+        heaviest = _heaviest_of_several(label.index_select(1, several), weight.index_select(1, several))
+        result.index_copy_(0, several, heaviest)
     return result
 
 

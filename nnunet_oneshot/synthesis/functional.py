@@ -12,7 +12,7 @@ from torch import Tensor
 
 _QUANTILES = np.linspace(0, 1, 33)
 # Quantiles of large patches are those of about this many voxels, evenly taken from them.
-_COMPARED_VOXELS = 2**18
+_COMPARED_VOXELS = 2**16
 # Voxels that are changed at a time: as many as a processor's cache holds.
 _TOGETHER = 2**16
 
@@ -72,7 +72,7 @@ def _gaussian_matrix(size: int, sigma: float, mode: str) -> Tensor:
     return torch.from_numpy(gaussian_filter1d(np.eye(size), sigma, axis=0, mode=mode).astype(np.float32))
 
 
-def match_quantiles(image: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+def match_quantiles(image: Tensor, reference: Tensor, mask: Tensor, *, share: float = 1.0) -> Tensor:
     """Maps intensities so that their distribution inside a mask becomes the reference's, channel by channel.
 
     The map is monotone and piecewise linear between 33 quantiles; values beyond the outermost quantiles keep their
@@ -83,37 +83,38 @@ def match_quantiles(image: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
         image: (C, *patch).
         reference: (C, *patch).
         mask: (*patch) bool, voxels that are compared and changed.
+        share: 0 keeps the intensities, 1 maps them wholly.
 
     Returns:
-        (C, *patch); ``image`` itself if the mask has fewer voxels than there are quantiles.
+        (C, *patch), a copy; equal to ``image`` if the mask has fewer voxels than there are quantiles.
     """
-    if int(mask.sum()) < len(_QUANTILES):
-        return image
-    if mask.all():
-        # Indexing by a mask copies.
-        channels = zip(image.flatten(1), reference.flatten(1), strict=True)
-        return torch.stack([_matched(values, others) for values, others in channels]).view_as(image)
     result = image.clone()
-    for channel in range(len(image)):
-        result[channel][mask] = _matched(image[channel][mask], reference[channel][mask])
+    if int(mask.sum()) < len(_QUANTILES):
+        return result
+    whole = bool(mask.all())
+    for channel, others in zip(result, reference, strict=True):
+        if whole:
+            # Indexing by a mask copies.
+            _match(channel.flatten(), others.flatten(), share)
+        else:
+            inside = channel[mask]
+            _match(inside, others[mask], share)
+            channel[mask] = inside
     return result
 
 
-def _matched(values: Tensor, reference: Tensor) -> Tensor:
-    """Values (N,) after the map of `match_quantiles`."""
+def _match(values: Tensor, reference: Tensor, share: float) -> None:
+    """Applies the map of `match_quantiles` to values (N,), in place."""
     source, first = np.unique(_quantiles(values), return_index=True)
-    target = _quantiles(reference)[first]
+    target = (1 - share) * source + share * _quantiles(reference)[first]
     # Beyond the outermost quantiles the slope is 1.
     slopes = np.concatenate([[1], np.diff(target) / np.diff(source), [1]])
     begins = [0, *range(len(source))]
     start, end, slope = (torch.from_numpy(table).float() for table in (source[begins], target[begins], slopes))
     bounds = torch.from_numpy(source).float()
-    result = []
     for some in values.split(_TOGETHER):
         part = torch.bucketize(some, bounds, out_int32=True)
-        distance = (some - start.index_select(0, part)).mul_(slope.index_select(0, part))
-        result.append(distance.add_(end.index_select(0, part)))
-    return torch.cat(result)
+        some.sub_(start.index_select(0, part)).mul_(slope.index_select(0, part)).add_(end.index_select(0, part))
 
 
 def _quantiles(values: Tensor) -> np.ndarray:
@@ -165,6 +166,6 @@ def transfer_appearance(
     Returns:
         (C, *patch).
     """
-    image = torch.lerp(image, match_quantiles(image, reference, mask), global_share)
+    image = match_quantiles(image, reference, mask, share=global_share)
     difference = local_appearance_difference(image, reference, mask, smoothness=smoothness)
     return image.add_(difference, alpha=local_share)

@@ -247,15 +247,18 @@ def locate(points: Tensor, shape: Sequence[int]) -> Cells:
         points: (3, N), voxel coordinates.
         shape: Voxels of the volume.
     """
-    # The last cell begins one voxel before the end.
-    last = [max(size - 2, 0) for size in shape]
-    inside = torch.stack([axis.clamp(0, size - 1) for axis, size in zip(points, shape, strict=True)])
-    first = torch.stack([axis.floor().clamp_max(end) for axis, end in zip(inside, last, strict=True)])
+    shares = torch.empty_like(points)
+    for axis, size in enumerate(shape):
+        torch.clamp(points[axis], 0, size - 1, out=shares[axis])
+    first = shares.floor()
+    for axis, size in enumerate(shape):
+        # The last cell begins one voxel before the end.
+        first[axis].clamp_(max=max(size - 2, 0))
     strides = (shape[1] * shape[2], shape[2], 1)
     x, y, z = first.to(torch.int32)
-    index = x.mul(strides[0]).add_(y, alpha=strides[1]).add_(z)
+    index = x.mul_(strides[0]).add_(y, alpha=strides[1]).add_(z)
     steps = tuple(stride if size > 1 else 0 for stride, size in zip(strides, shape, strict=True))
-    return Cells(index, inside.sub_(first), steps)
+    return Cells(index, shares.sub_(first), steps)
 
 
 def interpolate_in(volume: Tensor, cells: Cells) -> Tensor:
@@ -270,21 +273,24 @@ def interpolate_in(volume: Tensor, cells: Cells) -> Tensor:
     Returns:
         (C, N).
     """
-    x_share, y_share, z_share = cells.shares
-    x, y, z = cells.strides
+    x, y, z = cells.shares
+    offsets = _corner_offsets(cells)
     result = volume.new_empty((len(volume), len(cells.index)))
+    # Writing into given memory spares the time to allocate it.
+    corners = volume.new_empty((8, len(cells.index)))
     for channel, values in enumerate(volume.flatten(1)):
-        rows = [
-            torch.lerp(_at(values, cells, start), _at(values, cells, start + z), z_share) for start in (0, y, x, x + y)
-        ]
-        planes = torch.lerp(rows[0], rows[1], y_share), torch.lerp(rows[2], rows[3], y_share)
-        torch.lerp(*planes, x_share, out=result[channel])
+        for corner, offset in zip(corners, offsets, strict=True):
+            torch.index_select(values[offset:], 0, cells.index, out=corner)
+        edges = torch.lerp(corners[0::2], corners[1::2], z)
+        sides = torch.lerp(edges[0::2], edges[1::2], y)
+        torch.lerp(sides[0], sides[1], x, out=result[channel])
     return result
 
 
-def _at(values: Tensor, cells: Cells, offset: int) -> Tensor:
-    """The values (N,) of a flattened volume, ``offset`` voxels after the first of each cell."""
-    return values[offset:].index_select(0, cells.index)
+def _corner_offsets(cells: Cells) -> list[int]:
+    """Distance of the eight voxels of a cell from its first in the flattened volume; the last axis runs fastest."""
+    x, y, z = cells.strides
+    return [i * x + j * y + k * z for i, j, k in product((0, 1), repeat=3)]
 
 
 def uniform_labels(seg: Tensor) -> Tensor:
@@ -341,13 +347,10 @@ def labels_in(seg: Tensor, uniform: Tensor, parts: Iterable[Cells]) -> Tensor:
 
 def _heaviest_labels(seg: Tensor, cells: Cells) -> Tensor:
     """`labels_in` for points between voxels of different labels."""
-    ends = list(zip(1 - cells.shares, cells.shares, strict=True))
-    weights, labels = [], []
-    for corner in product((0, 1), repeat=3):
-        x, y, z = (end[side] for end, side in zip(ends, corner, strict=True))
-        weights.append(x * y * z)
-        labels.append(_at(seg.flatten(), cells, sum(s * side for s, side in zip(cells.strides, corner, strict=True))))
-    weight, label = torch.stack(weights), torch.stack(labels)
+    x, y, z = (torch.stack([1 - share, share]) for share in cells.shares)
+    weight = (x[:, None, None] * y[:, None] * z).flatten(0, 2)
+    values = seg.flatten()
+    label = torch.stack([values[offset:].index_select(0, cells.index) for offset in _corner_offsets(cells)])
     smallest, largest = label.aminmax(dim=0)
     upper = (weight * (label == largest)).sum(0)
     result = torch.where(upper > 0.5 * (1 + _TIE), largest, smallest)

@@ -59,7 +59,7 @@ def test_plans_name_only_classes_of_nnunet_and_hold_the_block(tiny_dataset):
     dataset = tiny_dataset(3)
     assert plan(dataset) == 0
     plans = load(dataset)
-    assert plans["oneshot"]["registration"]["max_voxels"] == 200_000
+    assert plans["oneshot"]["registration"]["max_voxels"] == 600_000
     assert plans["experiment_planner_used"] == "OneShotCPUPlanner"
     configuration = PlansManager(plans).get_configuration("3d_fullres")
     assert configuration.preprocessor_class.__module__.startswith("nnunetv2.")

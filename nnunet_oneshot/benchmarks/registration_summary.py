@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 
 from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS
 from nnunet_oneshot.registration.pair.quality import telling_similarity
+from nnunet_oneshot.tables import code, markdown_table, plain
 
 REFERENCE = "syn"
 _NOTES = """\
@@ -121,15 +122,16 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
     """The content of ``summary.md``, from the content of ``summary.json``."""
     methods = summary["methods"]
     found = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
+    plans, atlases = f"{summary['plans']}, configuration {summary['configuration']}", ", ".join(summary["atlases"])
     lines = [
-        f"# {summary['dataset']}: registration methods compared",
+        f"# {plain(summary['dataset'])}: registration methods compared",
         "",
-        f"Plans {summary['plans']}, configuration {summary['configuration']}; {summary['pairs']} pairs of "
-        f"{len(summary['atlases'])} atlas(es): {', '.join(summary['atlases'])}. {summary['threads']} thread(s), "
+        f"Plans {plain(plans)}; {summary['pairs']} pairs of "
+        f"{len(summary['atlases'])} atlas(es): {plain(atlases)}. {summary['threads']} thread(s), "
         f"{platform.machine()}, {os.cpu_count()} CPU cores, our deformable stage on {summary['device']}. {found}. "
         f"{summary['date']}.",
         "",
-        f"`{summary['command']}`",
+        code(summary["command"]),
         "",
         "## Over atlases",
         "",
@@ -137,11 +139,11 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
     ]
     for atlas in summary["atlases"]:
         chosen = {m: content["atlases"][atlas] for m, content in methods.items() if atlas in content["atlases"]}
-        lines += ["", f"## Atlas {atlas}", "", *_table(chosen, over_atlases=False)]
+        lines += ["", f"## Atlas {plain(atlas)}", "", *_table(chosen, over_atlases=False)]
     lines += ["", "## Dice of each label over all pairs", "", *_label_table(methods)]
     for method, content in methods.items():
         if content["all"]["quality_spearman"] is not None:
-            values = ", ".join(f"{a} {_cell(f['quality_spearman'], 2)}" for a, f in content["atlases"].items())
+            values = ", ".join(f"{plain(a)} {_cell(f['quality_spearman'], 2)}" for a, f in content["atlases"].items())
             lines += [
                 "",
                 "## Quality without labels",
@@ -151,7 +153,9 @@ def summary_markdown(summary: Mapping[str, Any]) -> str:
             ]
     settings = json.dumps(summary["registration"])
     meanings = [f"- {method}: {' '.join(REGISTRATION_METHODS[method].meaning.split())}" for method in methods]
-    return "\n".join([*lines, "", "## Methods", "", *meanings, "", _NOTES, "", f"Our settings: `{settings}`"]) + "\n"
+    return (
+        "\n".join([*lines, "", "## Methods", "", *meanings, "", _NOTES, "", f"Our settings: {code(settings)}"]) + "\n"
+    )
 
 
 def _table(methods: Mapping[str, Mapping[str, Any]], *, over_atlases: bool) -> list[str]:
@@ -170,7 +174,7 @@ def _table(methods: Mapping[str, Mapping[str, Any]], *, over_atlases: bool) -> l
             cells += [_cell(figures[value], 2), _cell(figures[share], 3)]
         cells += [_cell(figures["peak_memory_mb"], 0), _cell(figures["peak_memory_to_syn"], 2)]
         body.append([method, str(figures["pairs"]), *cells, _cell(figures["memory_above_start_mb"], 0)])
-    return _lines(header, body)
+    return markdown_table(header, body)
 
 
 def _label_table(methods: Mapping[str, Any]) -> list[str]:
@@ -179,11 +183,7 @@ def _label_table(methods: Mapping[str, Any]) -> list[str]:
         [method, *[_cell(content["all"]["dice_per_label"].get(label), 4) for label in labels]]
         for method, content in methods.items()
     ]
-    return _lines(["method", *labels], body)
-
-
-def _lines(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body]]
+    return markdown_table(["method", *labels], body)
 
 
 def _cell(value: float | None, digits: int) -> str:

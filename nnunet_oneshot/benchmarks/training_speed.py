@@ -23,6 +23,7 @@ from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 from nnunet_oneshot.errors import exit_status
+from nnunet_oneshot.tables import markdown_table
 
 TRAINERS = ("nnUNetTrainer", "OneShotSynthesisTrainer", "OneShotDistillTrainer")
 
@@ -95,13 +96,13 @@ def measure(
 
 def report(speeds: Sequence[Speed]) -> str:
     """A table; ratios compare whole iterations with those of the first trainer."""
-    lines = ["| trainer | step (s) | waits for a batch (s) | iteration to the first | GPU memory (MiB) |"]
-    lines.append("| --- | --- | --- | --- | --- |")
+    header = ["trainer", "step (s)", "waits for a batch (s)", "iteration to the first", "GPU memory (MiB)"]
     first = speeds[0].step + speeds[0].wait
+    body = []
     for s in speeds:
         memory = "" if s.memory is None else f"{s.memory:.0f}"
-        lines.append(f"| {s.trainer} | {s.step:.4f} | {s.wait:.4f} | {(s.step + s.wait) / first:.2f} | {memory} |")
-    return "\n".join(lines)
+        body.append([s.trainer, f"{s.step:.4f}", f"{s.wait:.4f}", f"{(s.step + s.wait) / first:.2f}", memory])
+    return "\n".join(markdown_table(header, body))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@ import base64
 import html
 import os
 import platform
-import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import nnunet_oneshot
 from nnunet_oneshot.evaluation.commands import CommandResult
 from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic
+from nnunet_oneshot.tables import Markup, markdown_table, plain
 
 _METHODS = {"propagation": "label propagation", "student": "student"}
 _STYLE = """
@@ -148,17 +148,10 @@ def _facts(report: dict) -> str:
 
 
 def _markdown(report: dict) -> str:
-    lines = ["# One-shot segmentation of phantoms", "", _plain(_facts(report)), ""]
-    lines += ["| label | " + " | ".join(_METHODS.values()) + " |", "|---|" + "---|" * len(_METHODS)]
-    lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in _rows(report)]
-    lines += ["", "| command | seconds |", "|---|---|"]
-    lines += [f"| <code>{_plain(c['command'])}</code> | {c['seconds']:.0f} |" for c in report["commands"]]
-    return "\n".join(lines) + "\n"
-
-
-def _plain(text: str) -> str:
-    """Text on one line of Markdown, or in a cell of its table, in which no name becomes markup."""
-    return re.sub(r"[\\`*_\[\]|~$]", r"\\\g<0>", html.escape(" ".join(text.split()), quote=False))
+    commands = [[Markup(f"<code>{plain(c['command'])}</code>"), f"{c['seconds']:.0f}"] for c in report["commands"]]
+    lines = ["# One-shot segmentation of phantoms", "", plain(_facts(report)), ""]
+    lines += markdown_table(["label", *_METHODS.values()], _rows(report))
+    return "\n".join([*lines, "", *markdown_table(["command", "seconds"], commands)]) + "\n"
 
 
 def _page(report: dict, pictures: list[tuple[str, Path]]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from nnunet_oneshot.evaluation.statistics import (
     seed_spread,
 )
 from nnunet_oneshot.io import save_json_atomic, save_text_atomic
+from nnunet_oneshot.tables import Markup, code, csv_table, markdown_table, plain
 
 MEAN = "mean over labels"
 _CONVENTIONS = (
@@ -65,10 +65,9 @@ def methods_in(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _summary_csv(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> str:
     """One line a method and label, over all atlases, folds, seeds and cases."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    columns = ["method", "label", "scores", "not_found", "dice_mean", "dice_sd", "dice_median"]
-    writer.writerow([*columns, "hd95_mean", "nsd_2mm_mean", "runs", "seconds_mean", "peak_memory_mb_max"])
+    header = ["method", "label", "scores", "not_found", "dice_mean", "dice_sd", "dice_median"]
+    header += ["hd95_mean", "nsd_2mm_mean", "runs", "seconds_mean", "peak_memory_mb_max"]
+    body: list[list[object]] = []
     labels = list(dict.fromkeys(row["label"] for row in rows))
     for method in methods_in(rows):
         runs = [r for r in records if r["method"] == method]
@@ -80,8 +79,8 @@ def _summary_csv(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[st
                 dice, hd95, nsd = (np.array([r[m] for r in chosen], float) for m in ("dice", "hd95", "nsd_2mm"))
                 figures = [dice.mean(), dice.std(), np.median(dice), hd95.mean(), nsd.mean()]
                 shown = [f"{value:.4f}" for value in figures]
-                writer.writerow([method, label, len(chosen), int((dice == 0).sum()), *shown, *cost])
-    return buffer.getvalue()
+                body.append([method, label, len(chosen), int((dice == 0).sum()), *shown, *cost])
+    return csv_table(header, body)
 
 
 def _gaps(rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
@@ -104,7 +103,7 @@ def _summary_markdown(
     methods = methods_in(rows)
     tables = {method: score_table(rows, method) for method in methods}
     first = records[0]
-    lines = [f"# {first['dataset']}: one-shot methods compared", ""]
+    lines = [f"# {plain(first['dataset'])}: one-shot methods compared", ""]
     lines += [_how(records), "", _CONVENTIONS, "", "## Dice", ""]
     lines += _score_lines(rows, tables, gaps)
     lines += ["", "## Differences", "", *_difference_lines(tables), "", "## Runs", ""]
@@ -116,11 +115,11 @@ def _summary_markdown(
         seconds = f"{record['seconds']:.0f}" + (" (resumed)" if record["resumed"] else "")
         mean = f"{np.mean(scored):.4f}" if scored else ""
         body.append([*["" if c is None else str(c) for c in cells], seconds, str(record["peak_memory_mb"] or ""), mean])
-    lines += _table(header, body)
+    lines += markdown_table(header, body)
     lines += ["", "## Commands", ""]
     for record in records:
-        changed = f"  (settings: {record['overrides']})" if record["overrides"] else ""
-        lines.append(f"- `{record['command']}`{changed}")
+        changed = f" (settings: {code(json.dumps(record['overrides']))})" if record["overrides"] else ""
+        lines.append(f"- {code(record['command'])}{changed}")
     return "\n".join(lines) + "\n"
 
 
@@ -128,10 +127,11 @@ def _how(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     devices = ", ".join(sorted({r["device"] for r in records}))
+    plans = f"{first['plans']}, configuration {first['configuration']}"
     return (
-        f"Made with `nnunet_oneshot benchmark` on {date.today().isoformat()}: plans {first['plans']}, configuration "
-        f"{first['configuration']}, {len(records)} runs on {devices} ({platform.machine()}, {os.cpu_count()} CPU "
-        f"cores); {versions}. An epoch is 250 iterations; peak memory is the main memory of the largest process."
+        f"Made with `nnunet_oneshot benchmark` on {date.today().isoformat()}: plans {plain(plans)}, {len(records)} "
+        f"runs on {devices} ({platform.machine()}, {os.cpu_count()} CPU cores); {versions}. An epoch is 250 "
+        f"iterations; peak memory is the main memory of the largest process."
     )
 
 
@@ -148,14 +148,14 @@ def _score_lines(
             [
                 method,
                 *[f"{value:.3f}" for value in per_label],
-                f"**{_mean(table):.3f}**",
+                Markup(f"**{_mean(table):.3f}**"),
                 "" if spread is None else f"{spread:.3f}",
                 f"{_mean(score_table(rows, method, metric='hd95')):.2f}",
                 f"{_mean(score_table(rows, method, metric='nsd_2mm')):.3f}",
-                str(gaps[method]) if method in gaps else "",
+                Markup(gaps[method]) if method in gaps else "",
             ]
         )
-    return _table(header, body)
+    return markdown_table(header, body)
 
 
 def _difference_lines(tables: Mapping[str, ScoreTable]) -> list[str]:
@@ -169,13 +169,9 @@ def _difference_lines(tables: Mapping[str, ScoreTable]) -> list[str]:
             difference = mean_difference(tables[first], tables[second])
             if difference is not None:
                 clear = "yes" if difference.low > 0 or difference.high < 0 else "no"
-                body.append([f"{first} - {second}", str(difference), clear])
-    return _table(["difference in mean Dice", "estimate [95 % interval]", "excludes 0"], body)
+                body.append([f"{first} - {second}", Markup(difference), clear])
+    return markdown_table(["difference in mean Dice", "estimate [95 % interval]", "excludes 0"], body)
 
 
 def _mean(table: ScoreTable) -> float:
     return float(np.nanmean(table.values)) if np.isfinite(table.values).any() else float("nan")
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body]]

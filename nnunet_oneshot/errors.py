@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
+
+_LONGEST_SHOWN = 120
+_LONGEST_NAME, _LISTED = 400, 5
 
 
 class OneShotError(RuntimeError):
@@ -22,3 +27,24 @@ def exit_status(run: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def shown(value: Any) -> str:
+    """A value from a file for an error: JSON on one line, in ASCII, cut short."""
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=repr)
+    except (RecursionError, ValueError):
+        return "something too large to be shown"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names or paths from a file for an error: the first five, those that are not plain text as JSON."""
+    texts = [str(name) for name in names]
+    plain = [text if _is_plain(text) else shown(text) for text in texts[:_LISTED]]
+    more = f" and {len(texts) - _LISTED} more" if len(texts) > _LISTED else ""
+    return ", ".join(plain) + more
+
+
+def _is_plain(text: str) -> bool:
+    return text.isprintable() and text == text.strip() and 0 < len(text) <= _LONGEST_NAME

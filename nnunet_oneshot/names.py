@@ -49,6 +49,11 @@ def inside(folder: str | os.PathLike, name: str, what: str, where: str | os.Path
     return Path(folder) / check_name(name, what, where)
 
 
+def is_list_of_names(value: Any) -> bool:
+    """Whether what a file holds is a list of text, which may be empty."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _objection(name: Any) -> str | None:
     """Why a name is refused, a clause; None where it is fine."""
     if not isinstance(name, str):

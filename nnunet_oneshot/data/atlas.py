@@ -25,8 +25,9 @@ import numpy as np
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.data.thumbnails import find_medoid, pool_volume
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, listed
 from nnunet_oneshot.io import load_json_checked, save_json_atomic
+from nnunet_oneshot.names import is_list_of_names
 
 ATLAS_FILE = "oneshot_atlas.json"
 
@@ -84,7 +85,7 @@ def resolve_atlases(
     if usable:
         return AtlasChoice(usable, f"{entry.get('how', 'chosen by the program')} (from {path})")
     choice = _choose(fold, image_loader)
-    how = f"{choice.how}; for fold {fold.number} only, whose training part lacks {', '.join(entry['atlases'])}"
+    how = f"{choice.how}; for fold {fold.number} only, whose training part lacks {listed(entry['atlases'])}"
     stored.setdefault("folds", {})[str(fold.number)] = _entry(choice.atlases, by_user=False, how=how)
     save_json_atomic(stored, path)
     return AtlasChoice(choice.atlases, how)
@@ -105,14 +106,14 @@ def check_named(named: Sequence[str], fold: Fold, where: str) -> list[str]:
     held_out = sorted(set(named) & set(fold.validation))
     if held_out:
         raise OneShotError(
-            f"Atlas {', '.join(held_out)} ({where}) is in the validation part of fold {fold.number}, where it would be "
+            f"Atlas {listed(held_out)} ({where}) is in the validation part of fold {fold.number}, where it would be "
             f"scored on its own label: train another fold, name another atlas or edit splits_final.json. Labelled "
-            f"training cases of this fold: {', '.join(sorted(set(fold.labelled) & set(fold.train)))}."
+            f"training cases of this fold: {listed(sorted(set(fold.labelled) & set(fold.train)))}."
         )
     absent = sorted(set(named) - set(fold.train))
     if absent:
         raise OneShotError(
-            f"Atlas {', '.join(absent)} ({where}) is not among the training cases of fold {fold.number}: edit "
+            f"Atlas {listed(absent)} ({where}) is not among the training cases of fold {fold.number}: edit "
             f"splits_final.json or name another."
         )
     return list(dict.fromkeys(named))
@@ -124,14 +125,15 @@ def check_labelled(named: Sequence[str], cases: Sequence[str], labelled: Sequenc
         if case not in labelled:
             reason = "has no label" if case in cases else "is not a case of this data set"
             raise OneShotError(
-                f"Atlas {case} ({where}) {reason}: name one of the labelled cases ({', '.join(sorted(labelled))})."
+                f"Atlas {listed([case])} ({where}) {reason}: name one of the labelled cases "
+                f"({listed(sorted(labelled))})."
             )
 
 
 def _choose(fold: Fold, image_loader: Callable[[str], np.ndarray]) -> AtlasChoice:
     candidates = sorted(set(fold.train) & set(fold.labelled))
     if not candidates:
-        raise OneShotError(f"The training part has no labelled case. Labelled: {', '.join(sorted(fold.labelled))}.")
+        raise OneShotError(f"The training part has no labelled case. Labelled: {listed(sorted(fold.labelled))}.")
     if {*fold.train, *fold.validation} - set(fold.labelled):
         return AtlasChoice(candidates, "every labelled training case")
     best, correlation = find_medoid(candidates, {case: pool_volume(image_loader(case)) for case in fold.train})
@@ -156,12 +158,7 @@ def _read(path: Path) -> dict[str, Any]:
     stored = load_json_checked(path, "the file of atlases")
 
     def is_entry(entry: Any) -> bool:
-        return (
-            isinstance(entry, dict)
-            and isinstance(entry.get("atlases"), list)
-            and bool(entry["atlases"])
-            and all(isinstance(case, str) for case in entry["atlases"])
-        )
+        return isinstance(entry, dict) and is_list_of_names(entry.get("atlases")) and bool(entry["atlases"])
 
     folds = stored.get("folds", {}) if isinstance(stored, dict) else None
     if not is_entry(stored) or not isinstance(folds, dict) or not all(is_entry(entry) for entry in folds.values()):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
 from typing import Any
 
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, shown
 
 _ENDING = re.compile(r"(\.[A-Za-z0-9]+)+")
-_LONGEST_SHOWN = 120
+# nnU-Net keeps preprocessed labels as int16.
+_LARGEST_LABEL = 2**15 - 1
 
 
 def check_description(content: Any, path: str | os.PathLike) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def check_description(content: Any, path: str | os.PathLike) -> dict[str, Any]:
         OneShotError: Something is missing or of another type.
     """
     if not isinstance(content, dict):
-        raise OneShotError(f"{path} must hold a JSON object {{...}}, found {_shown(content)}: write it anew.")
+        raise OneShotError(f"{path} must hold a JSON object {{...}}, found {shown(content)}: write it anew.")
     missing = [key for key in ("labels", "file_ending") if key not in content]
     if not {"channel_names", "modality"} & set(content):
         missing.append("channel_names")
@@ -60,11 +60,13 @@ def _check_labels(content: dict[str, Any], path: str | os.PathLike) -> None:
         raise _wrong(path, "labels", labels, 'an object such as {"background": 0, "liver": 1}')
     for name, value in labels.items():
         members = value if isinstance(value, list) and value else [value]
-        if not all(_is_whole(member) for member in members):
+        if not all(_is_whole(member) and 0 <= member <= _LARGEST_LABEL for member in members):
             raise OneShotError(
-                f"The label {_shown(name)} in {path} has the value {_shown(value)}: the value must be a number, such "
-                f"as 1 without quotation marks, or for a region a list of numbers."
+                f"The label {shown(name)} in {path} has the value {shown(value)}: the value must be a number from 0 "
+                f"to {_LARGEST_LABEL}, such as 1 without quotation marks, or for a region a list of numbers."
             )
+    if labels.get("background") != 0:
+        raise OneShotError(f'"labels" in {path} is {shown(labels)}: expected "background": 0 among them. Correct it.')
 
 
 def _is_whole(value: Any) -> bool:
@@ -99,9 +101,4 @@ _ENTRIES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def _wrong(path: str | os.PathLike, key: str, found: Any, expected: str) -> OneShotError:
-    return OneShotError(f'"{key}" in {path} is {_shown(found)}: expected {expected}. Correct it.')
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=repr)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
+    return OneShotError(f'"{key}" in {path} is {shown(found)}: expected {expected}. Correct it.')

@@ -25,6 +25,7 @@ from nnunet_oneshot.data.thumbnails import pool_volume
 from nnunet_oneshot.data.verify import CaseImage, read_image, read_label
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.names import is_list_of_names
 
 FINGERPRINT_FILE = "oneshot_fingerprint.json"
 NNUNET_FINGERPRINT_FILE = "dataset_fingerprint.json"
@@ -151,7 +152,29 @@ def load_fingerprint(folder: Path) -> dict[str, Any]:
     path = folder / FINGERPRINT_FILE
     if not path.is_file():
         raise OneShotError(f"The fingerprint {path} does not exist: run `nnunet_oneshot plan_and_preprocess`.")
-    return load_json_checked(path, "the fingerprint")
+    fingerprint = load_json_checked(path, "the fingerprint")
+    if not _is_fingerprint(fingerprint):
+        raise OneShotError(
+            f"{path} does not hold a fingerprint as `nnunet_oneshot plan_and_preprocess` writes it: delete it and run "
+            f"that command again."
+        )
+    return fingerprint
+
+
+def _is_fingerprint(content: Any) -> bool:
+    """Whether a fingerprint has the entries that planning reads, for each of its cases and channels."""
+    try:
+        atlases, cases = content["oneshot"]["atlases"], content["oneshot"]["cases"]
+        geometry = np.array([content["spacings"], content["shapes_after_crop"]])
+        channels = content["foreground_intensity_properties_per_channel"].values()
+        others = np.array(
+            [content["median_relative_size_after_cropping"], *(one[n] for one in channels for n in _STATISTICS)]
+        )
+    # What is indexed may be anything.
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        return False
+    lists = is_list_of_names(atlases) and is_list_of_names(cases) and geometry.shape == (2, len(cases), 3)
+    return lists and all(array.dtype.kind in "if" and np.isfinite(array).all() for array in (geometry, others))
 
 
 def remove_copy(folder: Path) -> None:
@@ -225,7 +248,7 @@ def _is_current(raw: RawDataset, folder: Path, files: Sequence[str]) -> bool:
     if not path.is_file():
         return False
     try:
-        if load_fingerprint(folder).get("oneshot", {}).get("cases") != raw.cases:
+        if load_fingerprint(folder)["oneshot"]["cases"] != raw.cases:
             return False
     except OneShotError:
         return False
@@ -234,14 +257,10 @@ def _is_current(raw: RawDataset, folder: Path, files: Sequence[str]) -> bool:
     return all(max(os.stat(file).st_mtime, os.stat(file).st_ctime) < made for file in files)
 
 
+_STATISTICS = ("mean", "median", "std", "min", "max", "percentile_99_5", "percentile_00_5")
+
+
 def _statistics(values: np.ndarray) -> dict[str, float]:
     low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
-    return {
-        "mean": float(np.mean(values)),
-        "median": float(median),
-        "std": float(np.std(values)),
-        "min": float(np.min(values)),
-        "max": float(np.max(values)),
-        "percentile_99_5": float(high),
-        "percentile_00_5": float(low),
-    }
+    found = (np.mean(values), median, np.std(values), np.min(values), np.max(values), high, low)
+    return {name: float(value) for name, value in zip(_STATISTICS, found, strict=True)}

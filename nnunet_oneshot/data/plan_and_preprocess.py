@@ -26,6 +26,7 @@ from nnunet_oneshot.data.fingerprint import (
 from nnunet_oneshot.data.options import Options, check_options, check_plans_name
 from nnunet_oneshot.data.orientation import mixed_orders_note
 from nnunet_oneshot.data.parallel import default_processes, run_on_cases
+from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.preprocessing import preprocess_configuration
 from nnunet_oneshot.data.raw import RawDataset, find_dataset
 from nnunet_oneshot.data.splits import SPLITS_FILE, check_splits, read_splits, resolve_fold
@@ -85,7 +86,9 @@ def plan_and_preprocess(
     folder = preprocessed / raw.name
     default_name = planner_class.default_plans_name if planner_class else ""
     plans_file = folder / f"{options.plans_name or default_name}.json"
-    previous = load_json_checked(plans_file, "the plans file") if plans_file.is_file() or not planner_class else {}
+    previous: dict[str, Any] = {}
+    if plans_file.is_file() or planner_class is None:
+        previous = check_plans(load_json_checked(plans_file, "the plans file"), plans_file)
     check_options(raw, options, previous)
     config = OneShotConfig.from_plans({BLOCK: previous.get(BLOCK, {}), "plans_name": plans_file.stem})
 

@@ -17,6 +17,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunet_oneshot.data.description import check_description
 from nnunet_oneshot.data.orientation import aligned_by_headers, axes_of, in_common_order, name_of
 from nnunet_oneshot.data.outline import restore_outline
+from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
 from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.data.splits import Fold, resolve_fold
@@ -63,13 +64,12 @@ class PreparedDataset:
                 f"{base} has no plans {plans_name!r}; found: {found or 'none'}. Run `nnunet_oneshot "
                 f"plan_and_preprocess -d {dataset}` first, or correct -p."
             )
-        plans = load_json_checked(base / f"{plans_name}.json", "the plans file")
-        if not isinstance(plans, dict) or not isinstance(plans.get("configurations", {}), dict):
-            raise OneShotError(f"{base / plans_name}.json does not hold nnU-Net's plans: plan the dataset again.")
-        if configuration not in plans.get("configurations", {}):
+        path = base / f"{plans_name}.json"
+        plans = check_plans(load_json_checked(path, "the plans file"), path)
+        if configuration not in plans["configurations"]:
             raise OneShotError(
                 f"Plans {plans_name!r} of {base.name} have no configuration {configuration!r}: they have "
-                f"{sorted(plans.get('configurations', {}))}. Correct -c."
+                f"{sorted(plans['configurations'])}. Correct -c."
             )
         check_name(configuration, "configuration", f"plans {plans_name}")
         description = base / "dataset.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_oneshot.data.description import check_description
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, shown
 from nnunet_oneshot.io import load_json_checked, require_env
 from nnunet_oneshot.names import check_name
 
@@ -81,15 +81,25 @@ class RawDataset:
         """
         from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+        path, order = self.folder / "dataset.json", self.dataset_json.get("regions_class_order")
         try:
-            manager = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
+            manager = LabelManager(self.dataset_json["labels"], order)
         except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise OneShotError(f"The labels in {self.folder / 'dataset.json'} are not valid: {error}") from error
+            raise OneShotError(
+                f"nnU-Net refuses the labels in {path} ({error}): expected consecutive numbers from "
+                f'"background": 0, "ignore", where there is one, the highest, and with regions also '
+                f'"regions_class_order". Correct them.'
+            ) from error
+        if manager.has_regions and len(order) != len(manager.foreground_regions):
+            raise OneShotError(
+                f'"regions_class_order" in {path} has {len(order)} numbers for '
+                f"{len(manager.foreground_regions)} regions beside the background: give one for each, in their order."
+            )
         declared = [*manager.all_labels, *([manager.ignore_label] if manager.has_ignore_label else [])]
         if declared != list(range(len(declared))):
             raise OneShotError(
-                f"The labels in {self.folder / 'dataset.json'} are {[int(label) for label in declared]}: nnU-Net needs "
-                f"consecutive numbers 0, 1, 2, ..."
+                f"The labels in {path} have the numbers {shown([int(label) for label in declared])}: nnU-Net needs "
+                f"consecutive ones, 0, 1, 2 and so on. Correct them."
             )
         return manager
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, listed, shown
 from nnunet_oneshot.io import load_json_checked, save_json_atomic
+from nnunet_oneshot.names import is_list_of_names
 
 SPLITS_FILE = "splits_final.json"
 _FOLDS = 5
@@ -52,7 +53,7 @@ def fold_number(text: int | str) -> int | str:
         OneShotError: It is neither a number nor ``"all"``.
     """
     if text != "all" and not str(text).isdecimal():
-        raise OneShotError(f"Fold {text!r} is neither a number nor 'all': give folds such as -f 0 1.")
+        raise OneShotError(f"Fold {shown(text)} is neither a number nor 'all': give folds such as -f 0 1.")
     return "all" if text == "all" else int(text)
 
 
@@ -129,15 +130,12 @@ def read_splits(path: str | Path) -> list[dict[str, Any]]:
         OneShotError: The file is missing or damaged, or holds no list of at least one fold.
     """
     splits = load_json_checked(path, "the file of splits")
-
-    def is_part(part: Any) -> bool:
-        return isinstance(part, list) and all(isinstance(case, str) for case in part)
-
     expected = 'a list of folds, each {"train": [case names], "val": [case names]}'
     if splits == []:
         raise OneShotError(f"{path} holds no fold: write {expected}, or delete it to have it made anew.")
     if not isinstance(splits, list) or not all(
-        isinstance(fold, dict) and is_part(fold.get("train")) and is_part(fold.get("val")) for fold in splits
+        isinstance(fold, dict) and is_list_of_names(fold.get("train")) and is_list_of_names(fold.get("val"))
+        for fold in splits
     ):
         raise OneShotError(f"{path} must hold {expected}: mend it, or delete it to have it made anew.")
     return splits
@@ -168,13 +166,17 @@ def _check_names(path: str | Path, fold: int, train: Sequence[str], val: Sequenc
     """Raises when a fold names what it must not."""
     unknown = sorted({*train, *val} - set(cases))
     if unknown:
-        raise OneShotError(f"Fold {fold} of {path} names cases that are not in the data set: {unknown}. {_REMEDY}")
+        raise OneShotError(
+            f"Fold {fold} of {path} names cases that are not in the data set: {listed(unknown)}. {_REMEDY}"
+        )
     overlap = sorted(set(train) & set(val))
     if overlap:
-        raise OneShotError(f"Fold {fold} of {path} has cases both in training and validation: {overlap}. {_REMEDY}")
+        raise OneShotError(
+            f"Fold {fold} of {path} has cases both in training and validation: {listed(overlap)}. {_REMEDY}"
+        )
     twice = sorted({case for part in (train, val) for case in part if part.count(case) > 1})
     if twice:
-        raise OneShotError(f"Fold {fold} of {path} names cases more than once: {twice}. {_REMEDY}")
+        raise OneShotError(f"Fold {fold} of {path} names cases more than once: {listed(twice)}. {_REMEDY}")
 
 
 def _check_fold(
@@ -185,7 +187,7 @@ def _check_fold(
     if not set(train) & set(labelled):
         raise OneShotError(
             f"Fold {fold} of {path} has no labelled case in its training part, so there is no atlas. "
-            f"Labelled: {', '.join(labelled)}. {_REMEDY}"
+            f"Labelled: {listed(labelled)}. {_REMEDY}"
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from nnunet_oneshot.data.headers import header_notes, is_nifti, is_sheared
 from nnunet_oneshot.data.raw import RawDataset
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, listed
 
 # Relative for spacings; absolute, as cosines, for directions: 0.1 is far beyond rounding, far below an exchanged axis.
 _SPACING_TOLERANCE = 1e-3
@@ -23,7 +23,6 @@ _LABEL_TOLERANCE = 1e-3
 # How many times larger or smaller than the training images a new image may be without a warning.
 _EXTENT_FACTOR = 3.0
 _MOST_VOXELS = 4e9
-_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -94,24 +93,19 @@ def _label_notes(raw: RawDataset) -> list[str]:
     expected = {path for case in raw.cases if (path := raw.expected_label(case))}
     dangling = sorted(path for path in expected if os.path.islink(path) and not os.path.exists(path))
     if dangling:
-        notes.append(f"{_listed(dangling)} link to nothing: their cases count as unlabelled.")
+        notes.append(f"{listed(dangling)} link to nothing: their cases count as unlabelled.")
     if "dataset" in raw.dataset_json:
         absent = sorted(path for path in expected - set(dangling) if not os.path.isfile(path))
-        return [*notes, *([f"{_listed(absent)} do not exist: their cases count as unlabelled."] if absent else [])]
+        return [*notes, *([f"{listed(absent)} do not exist: their cases count as unlabelled."] if absent else [])]
     folder = raw.folder / "labelsTr"
     names = sorted(name for name in os.listdir(folder) if not name.startswith(".")) if folder.is_dir() else []
     unused = [str(folder / name) for name in names if str(folder / name) not in expected]
     if unused:
         notes.append(
-            f"{_listed(unused)} match no case and are not used: labels are named CASE{raw.file_ending}, such as "
+            f"{listed(unused)} match no case and are not used: labels are named CASE{raw.file_ending}, such as "
             f"{raw.cases[0]}{raw.file_ending}."
         )
     return notes
-
-
-def _listed(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
-    return ", ".join(map(str, paths[:_LISTED])) + more
 
 
 def check_images(
@@ -296,10 +290,9 @@ def declared_labels(label: np.ndarray, label_manager: Any, what: str) -> np.ndar
     whole = whole_labels(label)
     unexpected = sorted({float(value) for value in np.unique(whole)} - declared)
     if unexpected:
-        shown = ", ".join(str(_plain(value)) for value in unexpected[:_LISTED])
-        more = f" and {len(unexpected) - _LISTED} more" if len(unexpected) > _LISTED else ""
+        values = listed(_plain(value) for value in unexpected)
         raise OneShotError(
-            f"{what} holds values [{shown}]{more} that dataset.json does not declare ({sorted(declared)}): declare "
+            f"{what} holds values [{values}] that dataset.json does not declare ({sorted(declared)}): declare "
             f"them or correct the label."
         )
     return whole

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, listed
 from nnunet_oneshot.io import load_json_checked, save_json_atomic
+from nnunet_oneshot.names import is_list_of_names
 
 # In the dataset's folder: nnU-Net refuses foreign files beside the cases.
 RECORD = "oneshot_preprocessed.json"
@@ -38,7 +39,7 @@ def check_written_cases(base: Path, folder: Path) -> None:
         return
     found = {path.stem for path in folder.glob("*.pkl")}
     parts = [("lacks", set(expected) - found), ("holds as a surplus", found - set(expected))]
-    differing = [f"{verb} {_listed(names)}" for verb, names in parts if names]
+    differing = [f"{verb} {listed(sorted(names))}" for verb, names in parts if names]
     if differing:
         raise OneShotError(
             f"{folder} {' and '.join(differing)}; {len(expected)} cases were preprocessed together, as {base / RECORD} "
@@ -50,13 +51,8 @@ def check_written_cases(base: Path, folder: Path) -> None:
 def _recorded(base: Path) -> dict[str, list[str]]:
     path = base / RECORD
     content = load_json_checked(path, "the list of preprocessed cases") if path.is_file() else {}
-    if not isinstance(content, dict) or not all(isinstance(cases, list) for cases in content.values()):
+    if not isinstance(content, dict) or not all(map(is_list_of_names, content.values())):
         raise OneShotError(
             f"{path} does not map folders to lists of cases: delete it, and preprocess the dataset again."
         )
     return content
-
-
-def _listed(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

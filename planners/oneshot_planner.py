@@ -13,6 +13,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_oneshot.config import BLOCK, OneShotConfig
 from nnunet_oneshot.data.fingerprint import fingerprint_standing_in, load_fingerprint, remove_copy
+from nnunet_oneshot.data.plans import FOR_OUR_TRAINERS, NOTE
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.io import load_json_checked, save_json_atomic
 
@@ -133,6 +134,7 @@ class OneShotPlannerMixin(ExperimentPlanner):
 
         recursive_fix_for_json_export(plans)
         plans[BLOCK] = self.default_config().to_dict()
+        plans[NOTE] = FOR_OUR_TRAINERS
         if self.plans_file.is_file():
             previous = load_json_checked(self.plans_file, "the plans file")
             plans["configurations"] = {**previous.get("configurations", {}), **plans["configurations"]}

@@ -26,7 +26,7 @@ from nnunet_oneshot.data.fingerprint import (
 from nnunet_oneshot.data.options import Options, check_options, check_plans_name
 from nnunet_oneshot.data.orientation import mixed_orders_note
 from nnunet_oneshot.data.parallel import default_processes, run_on_cases
-from nnunet_oneshot.data.plans import check_plans
+from nnunet_oneshot.data.plans import FOR_OUR_TRAINERS, check_plans
 from nnunet_oneshot.data.preprocessing import preprocess_configuration
 from nnunet_oneshot.data.raw import RawDataset, find_dataset
 from nnunet_oneshot.data.splits import SPLITS_FILE, check_splits, read_splits, resolve_fold
@@ -112,19 +112,32 @@ def plan_and_preprocess(
             plans = _plan(raw, planner_class, options, log)
         _copy_labels(raw, folder, log)
         if not options.no_preprocessing:
-            for configuration, processes in _configurations(plans, options, log):
-                target = preprocess_configuration(
-                    raw,
-                    plans,
-                    configuration,
-                    folder,
-                    atlases=choice.atlases,
-                    num_processes=processes,
-                    verbose=options.verbose,
-                    show_progress=options.progress,
-                )
-                log(f"Preprocessed {len(raw.cases)} cases for {configuration}: {target}")
+            _preprocess(raw, folder, plans, choice, options, log)
+        if len(raw.labelled) < len(raw.cases):
+            log(f"Note: {FOR_OUR_TRAINERS}")
     return plans_file
+
+
+def _preprocess(
+    raw: RawDataset,
+    folder: Path,
+    plans: dict[str, Any],
+    choice: AtlasChoice,
+    options: Options,
+    log: Callable[[str], None],
+) -> None:
+    for configuration, processes in _configurations(plans, options, log):
+        target = preprocess_configuration(
+            raw,
+            plans,
+            configuration,
+            folder,
+            atlases=choice.atlases,
+            num_processes=processes,
+            verbose=options.verbose,
+            show_progress=options.progress,
+        )
+        log(f"Preprocessed {len(raw.cases)} cases for {configuration}: {target}")
 
 
 def _extract_fingerprint(

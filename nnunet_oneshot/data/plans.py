@@ -8,6 +8,15 @@ from typing import Any
 
 from nnunet_oneshot.errors import OneShotError, shown
 
+# In the plans, since nnU-Net prints them and keeps them in the log whenever a training begins.
+NOTE = "oneshot_note"
+FOR_OUR_TRAINERS = (
+    "These plans are for the trainers of nnunet_oneshot, such as -tr OneShotDistillTrainer. nnU-Net's own trainers, "
+    "such as nnUNetTrainer, which is its default, take a case without a label for one that shows none of the "
+    "structures: of such a dataset they learn to find nothing. They also stop for lack of dataset_fingerprint.json, "
+    "which nnUNetv2_extract_fingerprint makes where every case is labelled."
+)
+
 
 def check_plans(content: Any, path: str | os.PathLike) -> dict[str, Any]:
     """Makes sure that plans have the shape of nnU-Net's plans, as far as this package reads them.

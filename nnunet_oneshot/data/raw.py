@@ -90,7 +90,7 @@ class RawDataset:
                 f'"background": 0, "ignore", where there is one, the highest, and with regions also '
                 f'"regions_class_order". Correct them.'
             ) from error
-        if manager.has_regions and len(order) != len(manager.foreground_regions):
+        if manager.has_regions and order is not None and len(order) != len(manager.foreground_regions):
             raise OneShotError(
                 f'"regions_class_order" in {path} has {len(order)} numbers for '
                 f"{len(manager.foreground_regions)} regions beside the background: give one for each, in their order."

@@ -205,6 +205,14 @@ def test_listed_image_that_does_not_exist(tiny_dataset, refused):
         ({"channel_names": None}, ["channel_names"]),
         ({"labels": {"background": 0, "left": 1, "right": 3}}, ["[0, 1, 3]", "consecutive"]),
         ({"labels": {"left": 1, "right": 2}}, ["ackground"]),
+        ({"labels": {"background": 0, "left": 1, "right": 10**30}}, ["right", "from 0 to 32767"]),
+        ({"labels": {"background": 1, "left": 0, "right": 2}}, ['expected "background": 0']),
+        ({"labels": {"background": 0, "ignore": 1, "left": 2}}, ["nnU-Net refuses", '"ignore"']),
+        ({"labels": {"background": 0, "both": [1, 2], "right": 2}}, ["regions_class_order"]),
+        (
+            {"labels": {"background": 0, "both": [1, 2], "right": 2}, "regions_class_order": [1, 2, 2]},
+            ['"regions_class_order"', "3 numbers for 2 regions"],
+        ),
         ({"file_ending": ".xyz"}, []),
     ],
 )
@@ -249,6 +257,35 @@ def test_faulty_block_in_existing_plans_is_refused_and_kept(tiny_dataset, capsys
     assert plan(dataset) == 1
     assert "sedd" in capsys.readouterr().err
     assert json.loads(path.read_text()) == plans
+
+
+@pytest.mark.parametrize(
+    ("damage", "mentions"),
+    [
+        (lambda plans: [], ["does not hold nnU-Net's plans"]),
+        (lambda plans: {**plans, "configurations": []}, ["does not hold nnU-Net's plans"]),
+        (lambda plans: {**plans, "transpose_forward": [0, 1, 1]}, ['"transpose_forward"', "[0, 1, 1]", "some order"]),
+        (lambda plans: with_configuration(plans, inherits_from="b"), ['"inherits_from"', '"b"', '"mine"']),
+        (lambda plans: with_configuration(plans, inherits_from="mine"), ['"inherits_from"']),
+        (lambda plans: with_configuration(plans), ['"data_identifier"', "is missing", '"mine"']),
+        (lambda plans: with_configuration(plans, inherits_from="3d_fullres", batch_size=0), ['"batch_size" is 0']),
+        (lambda plans: with_configuration(plans, inherits_from="3d_fullres", spacing=[1, None, 1]), ["[1, null, 1]"]),
+    ],
+)
+def test_plans_of_another_shape_are_refused_and_kept(tiny_dataset, capsys, damage, mentions):
+    dataset = tiny_dataset(3)
+    assert plan(dataset, "--no_pp") == 0
+    path = dataset.preprocessed / "nnUNetOneShotCPUPlans.json"
+    content = json.dumps(damage(json.loads(path.read_text())))
+    path.write_text(content)
+    assert plan(dataset) == 1
+    error = capsys.readouterr().err
+    assert all(text in error for text in [str(path), *mentions])
+    assert path.read_text() == content
+
+
+def with_configuration(plans, **entries):
+    return {**plans, "configurations": {**plans["configurations"], "mine": entries}}
 
 
 def test_unusable_other_label_is_reported_when_asked_for(tiny_dataset, refused):

@@ -10,6 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tiny_data import draw_blobs, read_image, write_image
 
 from nnunet_oneshot.cli import main
+from nnunet_oneshot.data.plans import FOR_OUR_TRAINERS, NOTE
 
 PLANS = "nnUNetOneShotCPUPlans"
 
@@ -64,6 +65,7 @@ def test_plans_name_only_classes_of_nnunet_and_hold_the_block(tiny_dataset):
     configuration = PlansManager(plans).get_configuration("3d_fullres")
     assert configuration.preprocessor_class.__module__.startswith("nnunetv2.")
     assert PlansManager(plans).image_reader_writer_class.__module__.startswith("nnunetv2.")
+    assert plans.pop(NOTE) == FOR_OUR_TRAINERS
     assert "nnunet_oneshot" not in json.dumps(plans)
 
 
@@ -171,6 +173,25 @@ def test_images_are_read_again_only_when_something_changed(tiny_dataset, monkeyp
     read.clear()
     assert plan(dataset, "--no_pp") == 0
     assert len(read) == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: [],
+        lambda content: {**content, "oneshot": {}},
+        lambda content: {**content, "spacings": [[1.0, 1.0]] * 3},
+        lambda content: {**content, "median_relative_size_after_cropping": "1"},
+        lambda content: {**content, "foreground_intensity_properties_per_channel": {"0": {"mean": 1.0}}},
+    ],
+)
+def test_a_damaged_fingerprint_is_made_anew(tiny_dataset, damage):
+    dataset = tiny_dataset(3)
+    assert plan(dataset, "--no_pp") == 0
+    whole = load(dataset, "oneshot_fingerprint.json")
+    (dataset.preprocessed / "oneshot_fingerprint.json").write_text(json.dumps(damage(whole)))
+    assert plan(dataset, "--no_pp") == 0
+    assert load(dataset, "oneshot_fingerprint.json") == whole
 
 
 def test_fingerprint_of_nnunet_is_left_alone(tiny_dataset):

@@ -67,6 +67,11 @@ def _check_labels(content: dict[str, Any], path: str | os.PathLike) -> None:
             )
     if labels.get("background") != 0:
         raise OneShotError(f'"labels" in {path} is {shown(labels)}: expected "background": 0 among them. Correct it.')
+    if isinstance(labels.get("ignore"), list):
+        raise OneShotError(
+            f'The label "ignore" in {path} has the value {shown(labels["ignore"])}: expected one number, the highest '
+            f"of all labels. Correct it."
+        )
 
 
 def _is_whole(value: Any) -> bool:

@@ -81,20 +81,15 @@ class RawDataset:
         """
         from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-        path, order = self.folder / "dataset.json", self.dataset_json.get("regions_class_order")
+        path = self.folder / "dataset.json"
         try:
-            manager = LabelManager(self.dataset_json["labels"], order)
+            manager = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
         except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise OneShotError(
                 f"nnU-Net refuses the labels in {path} ({error}): expected consecutive numbers from "
                 f'"background": 0, "ignore", where there is one, the highest, and with regions also '
                 f'"regions_class_order". Correct them.'
             ) from error
-        if manager.has_regions and order is not None and len(order) != len(manager.foreground_regions):
-            raise OneShotError(
-                f'"regions_class_order" in {path} has {len(order)} numbers for '
-                f"{len(manager.foreground_regions)} regions beside the background: give one for each, in their order."
-            )
         declared = [*manager.all_labels, *([manager.ignore_label] if manager.has_ignore_label else [])]
         if declared != list(range(len(declared))):
             raise OneShotError(

@@ -209,10 +209,7 @@ def test_listed_image_that_does_not_exist(tiny_dataset, refused):
         ({"labels": {"background": 1, "left": 0, "right": 2}}, ['expected "background": 0']),
         ({"labels": {"background": 0, "ignore": 1, "left": 2}}, ["nnU-Net refuses", '"ignore"']),
         ({"labels": {"background": 0, "both": [1, 2], "right": 2}}, ["regions_class_order"]),
-        (
-            {"labels": {"background": 0, "both": [1, 2], "right": 2}, "regions_class_order": [1, 2, 2]},
-            ['"regions_class_order"', "3 numbers for 2 regions"],
-        ),
+        ({"labels": {"background": 0, "left": 1, "ignore": [2]}}, ['"ignore"', "[2]", "one number"]),
         ({"file_ending": ".xyz"}, []),
     ],
 )

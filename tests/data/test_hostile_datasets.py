@@ -226,7 +226,7 @@ def test_many_undeclared_values_are_not_all_listed(tiny_dataset):
     write_image(dataset.label("case_00"), np.random.default_rng(0).normal(size=SHAPE).astype(np.float32))
     with pytest.raises(OneShotError) as caught:
         survey(dataset)
-    assert "more that dataset.json does not declare" in str(caught.value) and len(str(caught.value)) < 600
+    assert "more] that dataset.json does not declare" in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_whole_numbers_stay_and_others_are_not_touched():

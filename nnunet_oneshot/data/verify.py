@@ -50,8 +50,11 @@ def check_files(raw: RawDataset) -> list[str]:
         OneShotError: Something is missing.
     """
     if len(raw.cases) < 2:
+        is_listed = "dataset" in raw.dataset_json
+        place = f'"dataset" in {raw.folder / "dataset.json"} lists' if is_listed else f"{raw.folder / 'imagesTr'} holds"
         raise OneShotError(
-            f"{raw.folder} has {len(raw.cases)} training case(s): at least 2 are needed, one of them labelled."
+            f"{place} {len(raw.cases)} training case(s), with files that end in {raw.file_ending}: at least 2 are "
+            f"needed, one of them labelled. Add images, or correct dataset.json."
         )
     if not raw.labelled:
         raise OneShotError(

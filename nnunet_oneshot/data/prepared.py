@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
 from nnunet_oneshot.data.description import check_description
 from nnunet_oneshot.data.orientation import aligned_by_headers, axes_of, in_common_order, name_of
 from nnunet_oneshot.data.outline import restore_outline
 from nnunet_oneshot.data.plans import check_plans
-from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_segmentation
+from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_properties, load_segmentation
 from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.data.written import check_written_cases
@@ -173,7 +172,7 @@ class PreparedDataset:
 
     def properties(self, case: str) -> dict[str, Any]:
         """What nnU-Net's export needs to return to the original grid."""
-        return load_pickle(str(self.folder / f"{case}.pkl"))
+        return load_properties(str(self.folder), case)
 
     def spacing(self, case: str) -> tuple[float, ...]:
         """Three voxel edges of a preprocessed image, mm, array axis order."""

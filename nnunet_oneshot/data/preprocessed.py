@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
 from nnunet_oneshot.errors import OneShotError
 
@@ -46,18 +50,41 @@ def load_segmentation(folder: str, case: str) -> np.ndarray:
     return _open(folder, case, "_seg", "label", "seg")[:]
 
 
+def load_properties(folder: str, case: str) -> dict[str, Any]:
+    """What nnU-Net keeps of a preprocessed case beside its arrays.
+
+    Raises:
+        OneShotError: The file is missing or unreadable.
+    """
+    path = Path(folder) / f"{case}.pkl"
+    # An unreadable pickle may raise anything.
+    with _reading("properties", path, Exception):
+        properties = load_pickle(str(path))
+        if not isinstance(properties, dict):
+            raise ValueError("it holds something else")
+        return properties
+
+
 def _open(folder: str, case: str, suffix: str, what: str, key: str):
     import blosc2
 
     base = Path(folder)
-    try:
-        if (path := base / f"{case}{suffix}.b2nd").is_file():
+    path = base / f"{case}{suffix}.b2nd"
+    with _reading(what, path, OSError, RuntimeError, ValueError, KeyError, EOFError):
+        if path.is_file():
             return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})
         if (path := base / f"{case}{suffix}.npy").is_file():
             return np.load(path, mmap_mode="r")
-        with np.load(path := base / f"{case}.npz") as arrays:
+        with np.load(base / f"{case}.npz") as arrays:
             return arrays[key]
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+
+
+@contextmanager
+def _reading(what: str, path: Path, *failures: type[Exception]) -> Iterator[None]:
+    """Turns a failure to read a file of a preprocessed case into an `OneShotError` that names it."""
+    try:
+        yield
+    except failures as error:
         raise OneShotError(
             f"The preprocessed {what} {path} cannot be read ({error}). Preprocess the dataset again with "
             f"`nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, `nnUNetv2_preprocess`."

@@ -5,7 +5,7 @@ import pytest
 
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.atlas import AtlasChoice
-from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image
+from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_properties
 from nnunet_oneshot.data.roles import assign_roles
 from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
@@ -91,3 +91,11 @@ def test_image_that_cannot_be_read_is_named(kind, content, tmp_path):
 def test_folder_without_cases_is_not_preprocessed(tmp_path):
     with pytest.raises(OneShotError, match="holds no preprocessed case"):
         check_preprocessed(str(tmp_path), "3d_fullres")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"x", b"\x80\x04N."])
+def test_properties_that_cannot_be_read_are_told_by_name(tmp_path, content):
+    if content is not None:
+        (tmp_path / "case_0.pkl").write_bytes(content)
+    with pytest.raises(OneShotError, match=r"case_0\.pkl cannot be read.*Preprocess"):
+        load_properties(str(tmp_path), "case_0")

@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_oneshot.checkpoints import load_data, loading_checkpoint, saving_checkpoint
 from nnunet_oneshot.config import BLOCK, OVERRIDES_VARIABLE, OneShotConfig, differences, settings_in_force
 from nnunet_oneshot.data.fingerprint import fingerprint_standing_in
+from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
@@ -288,8 +289,9 @@ class OneShotTrainer(nnUNetTrainer):
 
 def _check_supported(plans: dict, configuration: str) -> None:
     """Refuses what the trainers do not do, before nnU-Net makes any folder."""
-    name = check_name(plans.get("plans_name"), "name of the plans", "the plans file")
-    check_name(plans.get("dataset_name"), "dataset_name", f"plans {name}")
+    check_plans(plans, "the plans file of -p")
+    name = check_name(plans["plans_name"], "name of the plans", "the plans file")
+    check_name(plans["dataset_name"], "dataset_name", f"plans {name}")
     check_name(configuration, "configuration", f"plans {name}")
     if configuration not in plans["configurations"]:
         raise OneShotError(

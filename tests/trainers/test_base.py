@@ -260,6 +260,7 @@ def edit_configuration(plans):
         (lambda plans: plans.update(dataset_name="../../elsewhere"), "The dataset_name '../../elsewhere' of plans"),
         (lambda plans: plans.update(plans_name="../../elsewhere"), "The name of the plans '../../elsewhere' of"),
         (edit_configuration, "The data_identifier '../../elsewhere' of configuration 3d_fullres"),
+        (lambda plans: plans.update(transpose_forward=[0, 0, 1]), '"transpose_forward" is .0, 0, 1. in the plans file'),
     ],
 )
 def test_names_in_plans_are_no_paths(edit, message, prepare, make_trainer, tmp_path):

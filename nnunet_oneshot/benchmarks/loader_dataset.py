@@ -118,7 +118,7 @@ class LoaderDataset:
         registrations = RegistrationCache(base / "registrations")
         for number, name in enumerate(self.identifiers[1:]):
             pair = self._registration(name, np.random.default_rng([self.seed, self.cases + number]))
-            registrations.save(pair, key="generated", parameters={}, versions={})
+            registrations.save(pair, key="generated", sources={}, parameters={}, versions={})
         return registrations
 
     def _write_case(self, path: Path, rng: np.random.Generator) -> None:

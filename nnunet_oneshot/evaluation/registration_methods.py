@@ -8,6 +8,7 @@ function warps the labels of all methods, so that they are judged alike. A peer 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+import torch
 
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.evaluation import itk_methods as itk
@@ -227,13 +229,11 @@ def _by_greedy(case: Volume, atlas: Volume, options: MethodOptions, *, own_affin
 
 
 def _affine_transform(pair: _ItkPair, options: MethodOptions) -> sitk.AffineTransform:
-    from nnunet_oneshot.registration.pair.affine import register_affine
+    from nnunet_oneshot.registration.pair.registrar import AtlasRegistrar
 
-    matrix = register_affine(
-        pair.case[0],
-        pair.atlas[0],
-        fixed_spacing=pair.case[1],
-        moving_spacing=pair.atlas[1],
-        metric=options.affine_metric,
-    ).matrix
+    config = dataclasses.replace(options.config, affine=True)
+    registrar = AtlasRegistrar(
+        "moving", pair.atlas[0], pair.atlas[1], config=config, device=torch.device(options.device)
+    )
+    matrix = registrar.align(pair.case[0], pair.case[1]).affine
     return itk.affine_transform(matrix, fixed_spacing=pair.case[1], moving_spacing=pair.atlas[1])

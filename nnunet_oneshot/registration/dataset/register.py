@@ -31,6 +31,7 @@ from nnunet_oneshot.registration.dataset.parts import Part
 from nnunet_oneshot.registration.dataset.sources import axes_in, read_sources
 from nnunet_oneshot.registration.dataset.summary import write_summary
 from nnunet_oneshot.registration.dataset.workers import run_beside, run_by, run_here, run_in_processes
+from nnunet_oneshot.registration.pair.quality import is_ambiguous
 from nnunet_oneshot.self_training.guide import SegmentingGuide, guided_by
 
 # Voxels of the registration grid in one batch: small grids share the overhead of a step.
@@ -320,8 +321,18 @@ def _report(cache: RegistrationCache, pairs: Sequence[Pair], log: Callable[[str]
     )
     unmoved = [pair for pair, quality in zip(pairs, qualities, strict=True) if quality["affine_start"] == "identity"]
     if unmoved and affine:
-        shown = ", ".join(pair.case for pair in unmoved[:5]) + (", ..." if len(unmoved) > 5 else "")
         log(
             f"Warning: the affine stage found nothing better than the alignment it began with for {len(unmoved)} of "
-            f"{len(pairs)} pairs ({shown}); look at their pictures."
+            f"{len(pairs)} pairs ({_shown(unmoved)}); look at their pictures."
         )
+    ambiguous = [pair for pair, quality in zip(pairs, qualities, strict=True) if is_ambiguous(quality)]
+    if ambiguous:
+        log(
+            f"Warning: {len(ambiguous)} of {len(pairs)} pairs are ambiguous ({_shown(ambiguous)}): another position, "
+            f"for example one vertebra further, makes the images almost as alike. They are drawn less; look at their "
+            f"pictures."
+        )
+
+
+def _shown(pairs: Sequence[Pair]) -> str:
+    return ", ".join(pair.case for pair in pairs[:5]) + (", ..." if len(pairs) > 5 else "")

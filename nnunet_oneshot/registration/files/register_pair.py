@@ -23,6 +23,7 @@ from nnunet_oneshot.registration.files.volumes import Volume, header_alignment, 
 from nnunet_oneshot.registration.pair.figure import registration_figure
 from nnunet_oneshot.registration.pair.functional import identity_grid, sample_at, transform_points
 from nnunet_oneshot.registration.pair.grid import RegistrationGrid
+from nnunet_oneshot.registration.pair.quality import is_ambiguous
 from nnunet_oneshot.registration.pair.registrar import register_arrays
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.similarities import similarity_loss
@@ -294,6 +295,8 @@ def quality_warnings(quality: Mapping[str, Any], *, affine: bool = True) -> list
     found = []
     if affine and quality["affine_start"] == "identity":
         found.append("the affine stage found nothing better than the alignment it began with, which was kept.")
+    if is_ambiguous(quality):
+        found.append("another position makes the images almost as alike, for example one vertebra further.")
     if quality["similarity_after"] < quality["similarity_before"] - _NOTABLE:
         found.append("the images are less alike than before: they may show different anatomy.")
     if quality.get("overlap", 1) < _LEAST_OVERLAP:

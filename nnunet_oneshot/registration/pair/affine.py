@@ -27,7 +27,7 @@ from nnunet_oneshot.registration.pair.multimodal import mutual_information
 _LARGEST_STRETCH = 2.0
 # Of the stages (all starts, those that stay apart, the best): voxels of the grid over the moving image, steps, and the
 # weight of the squared Frobenius norm of M^T M - I, M the linear part in mm.
-_STAGES = ((8_000, 40, 0.1), (20_000, 40, 0.1), (60_000, 20, 0.01))
+_STAGES = ((8_000, 40, 0.05), (20_000, 40, 0.05), (60_000, 20, 0.01))
 # Starts that stay after the first stage.
 _KEPT = 3
 # Shifts of the aligned centres along the longest edge of the moving image, shares of it.
@@ -118,16 +118,16 @@ def register_affine(
         The map fixed voxel -> moving voxel.
     """
     frames = _Frames(fixed.shape[1:], moving.shape[1:], tuple(fixed_spacing), tuple(moving_spacing))
-    images = [torch.from_numpy(standardised(image))[None].to(device) for image in (fixed, moving)]
-    stages = [_Stage(*images, frames, voxels, penalty, metric) for voxels, _, penalty in _STAGES]
+    first, second = (torch.from_numpy(standardised(image))[None].to(device) for image in (fixed, moving))
+    stages = [_Stage(first, second, frames, voxels, penalty, metric) for voxels, _, penalty in _STAGES]
     given = frames.in_mm(centre_alignment(*frames.both) if initial is None else initial)
-    names, maps = _starts(*images, frames, given, rotated=initial is not None)
+    names, maps = _starts(first, second, frames, given, rotated=initial is not None)
     unmoved = 1 if initial is None else 2
     with torch.no_grad():
         baselines = stages[1].objective(maps[:unmoved])
-    first = int(baselines.argmin())
-    before = float(baselines[first])
-    unchanged = AffineResult(frames.in_voxels(maps[first]), "identity", before, before)
+    better = int(baselines.argmin())
+    before = float(baselines[better])
+    unchanged = AffineResult(frames.in_voxels(maps[better]), "identity", before, before)
     if min(*fixed.shape[1:], *moving.shape[1:]) < _SHORTEST_AXIS:
         return unchanged
     maps, losses = _descended(stages[0], maps, _STAGES[0][1])

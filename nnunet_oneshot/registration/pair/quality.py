@@ -11,6 +11,10 @@ from nnunet_oneshot.registration.pair.registration import Registration
 
 # A pair counts as failed if it lies this many robust standard deviations below the median.
 _OUTLIER = 3.5
+# A pair is ambiguous if a map that leads elsewhere makes the images alike but for less than this share.
+_AMBIGUOUS = 0.03
+# How often an ambiguous pair is drawn, compared with the others.
+_AMBIGUOUS_WEIGHT = 0.5
 
 
 def telling_similarity(quality: Mapping[str, Any]) -> float:
@@ -39,11 +43,20 @@ def outlier_scores(registrations: Sequence[Registration]) -> np.ndarray:
     return scores
 
 
+def is_ambiguous(quality: Mapping[str, Any]) -> bool:
+    """Whether images alone hardly tell the affine map from one that leads elsewhere, such as a vertebra further."""
+    return quality.get("rival_margin", 1.0) < _AMBIGUOUS
+
+
 def draw_weights(registrations: Sequence[Registration]) -> np.ndarray:
-    """Weight of each pair in sampling and in the hint: 1, or 0 for outliers; if all are outliers, 1 for all.
+    """Weight of each pair in sampling and in the hint: 1, less if it is ambiguous, and 0 for outliers.
+
+    If all are outliers, none counts as one.
 
     Returns:
         (N,) float64.
     """
-    weights = (outlier_scores(registrations) > -_OUTLIER).astype(float)
-    return weights if weights.any() else np.ones(len(weights))
+    kept = outlier_scores(registrations) > -_OUTLIER
+    ambiguous = np.array([is_ambiguous(registration.quality) for registration in registrations], bool)
+    weights = np.where(ambiguous, _AMBIGUOUS_WEIGHT, 1.0)
+    return np.where(kept, weights, 0.0) if kept.any() else weights

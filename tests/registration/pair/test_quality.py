@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nnunet_oneshot.registration.pair.quality import draw_weights, outlier_scores, telling_similarity
+from nnunet_oneshot.registration.pair.quality import draw_weights, is_ambiguous, outlier_scores, telling_similarity
 from nnunet_oneshot.registration.pair.registration import Registration
 
 
@@ -34,3 +34,9 @@ def test_a_pair_far_above_the_others_is_drawn():
 def test_similarity_at_the_labels_counts_where_it_is_known():
     assert telling_similarity(pair(0.9, similarity_at_labels=0.4).quality) == 0.4
     assert telling_similarity(pair(0.9).quality) == 0.9
+
+
+def test_an_ambiguous_pair_is_drawn_less_but_still_drawn():
+    pairs = [pair(0.70, rival_margin=0.2), pair(0.71, rival_margin=0.01), pair(0.69)]
+    assert draw_weights(pairs).tolist() == [1, 0.5, 1]
+    assert [is_ambiguous(one.quality) for one in pairs] == [False, True, False]

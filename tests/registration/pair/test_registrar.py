@@ -21,6 +21,7 @@ from nnunet_oneshot.registration.pair.functional import (
     warp,
 )
 from nnunet_oneshot.registration.pair.grid import RegistrationGrid
+from nnunet_oneshot.registration.pair.quality import is_ambiguous
 from nnunet_oneshot.registration.pair.registrar import AtlasRegistrar, register_arrays
 from nnunet_oneshot.registration.pair.warp import atlas_coordinates, warp_atlas_to_case, warp_label_probabilities
 
@@ -324,3 +325,42 @@ def test_registration_does_not_depend_on_the_scale_of_intensities(change):
         errors.append((found - known).norm(dim=0)[4:-4, 4:-4, 4:-4].mean())
     assert errors[0] < 0.5
     assert errors[1] == pytest.approx(float(errors[0]), abs=0.1)
+
+
+def rungs(first, step, length=120, width=24):
+    """A ladder (1, length, width, width) of equal blocks, with a larger one at its end: (volume, block centres)."""
+    volume = np.full((length, width, width), 0.1, np.float32)
+    centres = [first + step * number for number in range(5)]
+    for centre in centres:
+        volume[max(0, centre - 5) : centre + 6, 7:17, 7:17] += 1
+    volume[centres[-1] + 9 : centres[-1] + 16, 2:22, 2:22] += 2
+    return volume[None] + np.random.default_rng(first).normal(0, 0.02, volume.shape).astype(np.float32), centres
+
+
+def test_a_ladder_that_lies_elsewhere_is_met_rung_by_rung():
+    """Aligned centres lie one rung and a half off; only the end tells which rung is which."""
+    atlas, centres = rungs(20, 16)
+    case, moved = rungs(44, 16, length=132)
+    registration = register_arrays(atlas, case, atlas_spacing=(2, 2, 2), case_spacing=(2, 2, 2))
+    read = registration.affine @ np.array([[float(c) for c in moved], [11.5] * 5, [11.5] * 5, [1.0] * 5])
+    assert np.abs(read[0] - centres).max() < 4
+
+
+def test_equal_rungs_are_called_ambiguous_and_an_end_tells_them_apart():
+    atlas, _ = rungs(20, 16)
+    endless = np.concatenate([np.tile(atlas[:, 12:28], (1, 8, 1, 1))], axis=1)
+    spacing = {"atlas_spacing": (2, 2, 2), "case_spacing": (2, 2, 2)}
+    assert is_ambiguous(register_arrays(endless[:, :112], endless[:, 6:118], **spacing).quality)
+    assert not is_ambiguous(register_arrays(atlas, atlas.copy(), **spacing).quality)
+
+
+def test_an_earlier_registration_passes_on_its_margin():
+    atlas = blobs((16, 16, 16))
+    registrar = AtlasRegistrar(
+        "atlas", atlas, (1, 1, 1), config=RegistrationConfig(refine_iterations=(1,)), device=torch.device("cpu")
+    )
+    first = register_arrays(atlas, atlas, atlas_spacing=(1, 1, 1), case_spacing=(1, 1, 1))
+    known = dataclasses.replace(first, quality={**first.quality, "rival_margin": 0.01})
+    again = registrar.align(atlas, (1, 1, 1), known=known)
+    assert again.rival_margin == 0.01
+    assert np.array_equal(again.affine, first.affine)

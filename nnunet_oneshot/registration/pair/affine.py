@@ -27,11 +27,15 @@ from nnunet_oneshot.registration.pair.multimodal import mutual_information
 _LARGEST_STRETCH = 2.0
 # Of the stages (all starts, those that stay apart, the best): voxels of the grid over the moving image, steps, and the
 # weight of the squared Frobenius norm of M^T M - I, M the linear part in mm.
-_STAGES = ((8_000, 40, 0.05), (20_000, 40, 0.05), (60_000, 20, 0.01))
+_STAGES = ((8_000, 40, 0.1), (20_000, 40, 0.1), (60_000, 20, 0.01))
 # Starts that stay after the first stage.
 _KEPT = 3
 # Shifts of the aligned centres along the longest edge of the moving image, shares of it.
 _SHIFTS = (-0.24, -0.12, 0.12, 0.24)
+# Shifts along that edge at which the best map is probed for others that fit almost as well, and how many are followed.
+_PROBES = 24
+_FURTHEST_PROBE = 0.3
+_FOLLOWED = 2
 # Maps that move the moving image apart by less than this share of its longest edge, in the mean, are one.
 _SAME_MAP = 0.06
 # A map whose objective is worse by less than this remains a rival of the best.
@@ -135,6 +139,12 @@ def register_affine(
     if not kept:
         return unchanged
     maps, losses = _descended(stages[1], maps[kept], _STAGES[1][1])
+    names = [names[index] for index in kept]
+    probes = _probes(stages[1], maps[int(losses.argmin())])
+    if len(probes):
+        more, more_losses = _descended(stages[1], probes, _STAGES[1][1])
+        maps, losses = torch.cat([maps, more]), torch.cat([losses, more_losses])
+        names += ["shift"] * len(probes)
     order = _distinct(maps, losses, stages[1])
     if not order or not float(losses[order[0]]) < before:
         return unchanged
@@ -143,7 +153,7 @@ def register_affine(
     chosen = finest[0] if torch.isfinite(loss[0]) else maps[best]
     near = [index for index in order[1:] if float(losses[index] - losses[best]) < _NEAR]
     rivals = tuple(frames.in_voxels(maps[index]) for index in near)
-    return AffineResult(frames.in_voxels(chosen), names[kept[best]], before, float(losses[best]), rivals)
+    return AffineResult(frames.in_voxels(chosen), names[best], before, float(losses[best]), rivals)
 
 
 @dataclass(frozen=True)
@@ -303,6 +313,23 @@ def _descended(stage: _Stage, maps: Tensor, iterations: int, *, step: float = _S
         losses = stage.objective(found)
     plausible = torch.tensor([_is_plausible(matrix[:dim, :dim]) for matrix in found], device=maps.device)
     return found, torch.where(plausible & torch.isfinite(losses), losses, torch.inf)
+
+
+@torch.no_grad()
+def _probes(stage: _Stage, best: Tensor) -> Tensor:
+    """Maps (P, D + 1, D + 1) beside the best one, shifted along the longest edge to where the objective is lowest.
+
+    Structures that repeat, such as vertebrae, fit almost as well one period further.
+    """
+    edges = np.multiply(stage.shape, stage.spacing)
+    longest = int(edges.argmax())
+    shares = torch.linspace(-_FURTHEST_PROBE, _FURTHEST_PROBE, 2 * _PROBES + 1, device=best.device)
+    maps = best.repeat(len(shares), 1, 1)
+    maps[:, :-1, -1] += best[:-1, longest] * shares[:, None] * float(edges[longest])
+    losses = torch.cat([stage.objective(part) for part in maps.split(_PROBES // 2)])
+    lowest = (losses[1:-1] <= losses[:-2]) & (losses[1:-1] <= losses[2:]) & (shares[1:-1].abs() > _SAME_MAP)
+    places = 1 + lowest.nonzero()[:, 0]
+    return maps[places[losses[places].argsort()[:_FOLLOWED]]]
 
 
 def _moved(maps: Tensor, linear: Tensor, shift: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-import torch
 
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.evaluation import itk_methods as itk
@@ -25,6 +24,9 @@ from nnunet_oneshot.registry import Registry
 
 # An image (C, X, Y, Z) and its 3 voxel edges, mm, array axis order.
 Volume = tuple[np.ndarray, Sequence[float]]
+
+
+_OURS = ("nnunet_oneshot.registration.pair.registrar",)
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ def method(name: str, **attributes: Any) -> Callable[[Callable], Callable]:
     return REGISTRATION_METHODS.register(name, RegistrationMethod, **attributes)
 
 
-@method("affine", own=True)
+@method("affine", own=True, libraries=_OURS)
 def affine(case: Volume, atlas: Volume, labels: np.ndarray | None, options: MethodOptions) -> FoundPlaces:
     """The affine stage of our registration alone. It is also the start of `ours` and of the peers that say so."""
     return _by_itk(case, atlas, lambda pair: _affine_transform(pair, options))
 
 
-@method("ours", own=True, libraries=("nnunet_oneshot.registration.pair.registrar",))
+@method("ours", own=True, libraries=_OURS)
 def ours(case: Volume, atlas: Volume, labels: np.ndarray | None, options: MethodOptions) -> FoundPlaces:
     """Our registration: affine, then velocity fields optimised for each pair, with the settings of the plans."""
     from nnunet_oneshot.registration.pair.registrar import register_arrays
@@ -127,7 +129,7 @@ def syncc(case: Volume, atlas: Volume, labels: np.ndarray | None, options: Metho
     return _by_ants("SyNCC", case, atlas, options)
 
 
-@method("bspline")
+@method("bspline", libraries=_OURS)
 def bspline(case: Volume, atlas: Volume, labels: np.ndarray | None, options: MethodOptions) -> FoundPlaces:
     """SimpleITK's cubic B-splines on cells of about 8 voxels, three levels, L-BFGS, after our affine stage."""
     by_information = options.affine_metric == "mutual_information"
@@ -140,7 +142,7 @@ def bspline(case: Volume, atlas: Volume, labels: np.ndarray | None, options: Met
     )
 
 
-@method("demons")
+@method("demons", libraries=_OURS)
 def demons(case: Volume, atlas: Volume, labels: np.ndarray | None, options: MethodOptions) -> FoundPlaces:
     """SimpleITK's fast symmetric forces demons after our affine stage and histogram matching, three levels."""
     return _by_itk(
@@ -229,6 +231,8 @@ def _by_greedy(case: Volume, atlas: Volume, options: MethodOptions, *, own_affin
 
 
 def _affine_transform(pair: _ItkPair, options: MethodOptions) -> sitk.AffineTransform:
+    import torch
+
     from nnunet_oneshot.registration.pair.registrar import AtlasRegistrar
 
     config = dataclasses.replace(options.config, affine=True)

@@ -37,7 +37,7 @@ _PROBES = 24
 _FURTHEST_PROBE = 0.3
 _FOLLOWED = 2
 # Maps that move the moving image apart by less than this share of its longest edge, in the mean, are one.
-_SAME_MAP = 0.06
+SAME_MAP = 0.06
 # A map whose objective is worse by less than this remains a rival of the best.
 _NEAR = 0.3
 # Step of Adam, voxels of the stage's grid at its first step; it falls linearly to a tenth.
@@ -327,7 +327,7 @@ def _probes(stage: _Stage, best: Tensor) -> Tensor:
     maps = best.repeat(len(shares), 1, 1)
     maps[:, :-1, -1] += best[:-1, longest] * shares[:, None] * float(edges[longest])
     losses = torch.cat([stage.objective(part) for part in maps.split(_PROBES // 2)])
-    lowest = (losses[1:-1] <= losses[:-2]) & (losses[1:-1] <= losses[2:]) & (shares[1:-1].abs() > _SAME_MAP)
+    lowest = (losses[1:-1] <= losses[:-2]) & (losses[1:-1] <= losses[2:]) & (shares[1:-1].abs() > SAME_MAP)
     places = 1 + lowest.nonzero()[:, 0]
     return maps[places[losses[places].argsort()[:_FOLLOWED]]]
 
@@ -342,7 +342,7 @@ def _moved(maps: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
 
 def _distinct(maps: Tensor, losses: Tensor, stage: _Stage) -> list[int]:
     """Maps that lead to different places, best first; those with an infinite objective are left out."""
-    far = _SAME_MAP * max(np.multiply(stage.shape, stage.spacing))
+    far = SAME_MAP * max(np.multiply(stage.shape, stage.spacing))
     chosen: list[int] = []
     for index in losses.argsort().tolist():
         if torch.isfinite(losses[index]) and all(

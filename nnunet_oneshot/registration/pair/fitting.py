@@ -25,6 +25,8 @@ from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
 
 # Share of the first level's steps that both starts get before the worse one is dropped.
 _TRIAL = 1 / 3
+# Distance to a voxel's centre at which slopes are taken, voxels.
+_BESIDE = 1e-2
 
 
 def refine_velocity(
@@ -150,8 +152,18 @@ class _Descent:
     def advance(self, iterations: int) -> None:
         for _ in range(iterations):
             self._optimizer.zero_grad(set_to_none=True)
-            self._level.loss(self._parameter).sum().backward()
+            self._loss().sum().backward()
             self._optimizer.step()
+
+    def _loss(self) -> Tensor:
+        """The objective; at a field of zeros the mean of those to both sides.
+
+        A linear interpolation has one slope to each side of a voxel's centre. With only one of them, the result would
+        depend on the direction in which the axes of the volume are stored.
+        """
+        if self._parameter.detach().any():
+            return self._level.loss(self._parameter)
+        return (self._level.loss(self._parameter + _BESIDE) + self._level.loss(self._parameter - _BESIDE)) / 2
 
     def adopt(self, other: _Descent, chosen: Tensor) -> None:
         """Takes over the state of another descent after as many steps, for the ``chosen`` (B,) pairs."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_oneshot.config import RegistrationConfig
-from nnunet_oneshot.registration.pair.affine import centre_alignment, register_affine
+from nnunet_oneshot.registration.pair.affine import SAME_MAP, centre_alignment, register_affine
 from nnunet_oneshot.registration.pair.fitting import refine_velocity
 from nnunet_oneshot.registration.pair.functional import (
     correlation_window,
@@ -36,6 +36,8 @@ from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
 from nnunet_oneshot.registration.pair.trial import Trial
 
 _QUALITY_STEPS = 7
+# Registrations that lead less far apart than this many voxels are one.
+_APART = 6
 # Margin around the labels within which similarity is also measured, voxels.
 _AROUND_LABELS = 3
 
@@ -148,9 +150,10 @@ class AtlasRegistrar:
         if not result.rivals:
             return result.matrix, result.start, 1.0
         maps = [result.matrix, *result.rivals]
-        alike = self._trial.likeness(image, maps)
-        best, second, *_ = np.argsort(-alike, kind="stable").tolist()
-        margin = 1 - alike[second] / max(alike[best], 1e-6)
+        alike, apart = self._trial.compare(image, maps)
+        best = int(alike.argmax())
+        elsewhere = alike[apart[best] > max(SAME_MAP, _APART / max(self.grid.shape))]
+        margin = 1 - elsewhere.max() / max(alike[best], 1e-6) if elsewhere.size else 1.0
         return maps[best], result.start if best == 0 else "rival", float(margin)
 
     @cached_property

@@ -7,14 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.registration.pair.fitting import refine_velocity
 from nnunet_oneshot.registration.pair.functional import (
     correlation_window,
+    identity_grid,
     integrate_on,
     masked_mean,
+    sample_at,
     squared_local_correlation,
+    transform_points,
     warp,
 )
 from nnunet_oneshot.registration.pair.grid import RegistrationGrid
@@ -22,6 +26,8 @@ from nnunet_oneshot.registration.pair.grid import RegistrationGrid
 # Voxels of the grid and steps of its two levels: enough to tell whether structures meet.
 _VOXELS = 40_000
 _ITERATIONS = (20, 20)
+# Points of a case, along each axis, at which registrations are compared.
+_POINTS = 8
 
 
 class Trial:
@@ -41,16 +47,17 @@ class Trial:
         self._atlas = self._grid.atlas_image(atlas).to(device)
         self._config = dataclasses.replace(config, refine_iterations=_ITERATIONS)
 
-    def likeness(self, case: np.ndarray, maps: Sequence[np.ndarray]) -> np.ndarray:
-        """How alike the images are after a short registration from each map.
+    def compare(self, case: np.ndarray, maps: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """How alike the images are after a short registration from each map, and how far apart those lead.
 
         Args:
             case: (C, *case_shape).
             maps: K affine maps case voxel -> atlas voxel, (D + 1, D + 1).
 
         Returns:
-            (K,): squared local correlation where the case was observed, lowered by up to half where less of it was
-            than with the map that observes most.
+            Squared local correlation where the case was observed, lowered by up to half where less of it was than with
+            the map that observes most, (K,); and the root mean square distance between the places in the atlas to which
+            two of the registrations lead the case, a share of the atlas's longest edge, (K, K).
         """
         pairs = [self._grid.fixed_image(case, affine) for affine in maps]
         fixed, mask = (torch.cat(parts).to(self._atlas.device) for parts in zip(*pairs, strict=True))
@@ -61,4 +68,29 @@ class Trial:
             window = correlation_window(self._config.lncc_kernel, self._grid.shape)
             alike = masked_mean(squared_local_correlation(warped, fixed, window), mask)
             observed = mask.flatten(1).mean(1)
-            return (alike * (1 + observed / observed.max().clamp_min(1e-6)) / 2).cpu().double().numpy()
+            alike = alike * (1 + observed / observed.max().clamp_min(1e-6)) / 2
+            places = self._places(displacement, case.shape[1:], maps).flatten(1)
+        return alike.cpu().double().numpy(), torch.cdist(places, places).cpu().double().numpy()
+
+    def _places(self, displacement: Tensor, shape: Sequence[int], maps: Sequence[np.ndarray]) -> Tensor:
+        """Where points of a case lie in the atlas by each map and its displacement, in units of distance of `compare`.
+
+        Args:
+            displacement: (K, D, *grid), voxels of the grid.
+            shape: Sizes of the case.
+            maps: K affine maps case voxel -> atlas voxel.
+
+        Returns:
+            (K, D, *points), scaled so that the norm of a difference is the root mean square distance.
+        """
+        grid = self._grid
+        points = identity_grid([_POINTS] * len(shape), device=displacement.device)
+        axes = (-1, *[1] * len(shape))
+        points = (points + 0.5) * points.new_tensor([n / _POINTS for n in shape]).view(axes) - 0.5
+        ratio = points.new_tensor([g / n for g, n in zip(grid.shape, grid.atlas_shape, strict=True)]).view(axes)
+        affine = torch.from_numpy(np.stack(maps)).to(points)
+        read = (transform_points(affine, points.expand(len(maps), *points.shape)) + 0.5) * ratio - 0.5
+        moved = read + sample_at(displacement, read)
+        edges = points.new_tensor(grid.spacing).view(axes)
+        longest = max(np.multiply(grid.shape, grid.spacing))
+        return moved * edges / float(longest) / _POINTS ** (len(shape) / 2)

@@ -161,9 +161,11 @@ class _Descent:
         A linear interpolation has one slope to each side of a voxel's centre. With only one of them, the result would
         depend on the direction in which the axes of the volume are stored.
         """
-        if self._parameter.detach().any():
+        zero = ~self.velocity.flatten(1).any(1)
+        if not zero.any():
             return self._level.loss(self._parameter)
-        return (self._level.loss(self._parameter + _BESIDE) + self._level.loss(self._parameter - _BESIDE)) / 2
+        beside = _BESIDE * zero.to(self._parameter.dtype).view(-1, *[1] * (self._parameter.ndim - 1))
+        return (self._level.loss(self._parameter + beside) + self._level.loss(self._parameter - beside)) / 2
 
     def adopt(self, other: _Descent, chosen: Tensor) -> None:
         """Takes over the state of another descent after as many steps, for the ``chosen`` (B,) pairs."""

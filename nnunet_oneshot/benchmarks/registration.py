@@ -34,7 +34,6 @@ from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS,
 from nnunet_oneshot.evaluation.runs import claim_folder
 from nnunet_oneshot.io import save_json_atomic, save_text_atomic, writing
 from nnunet_oneshot.registration.pair.functional import folding, identity_grid
-from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
 from nnunet_oneshot.registration.pair.warp import sample_labels
 from nnunet_oneshot.registry import load_modules
 from nnunet_oneshot.versions import versions
@@ -78,7 +77,6 @@ def benchmark_registration(
     """
     config = OneShotConfig.from_plans(prepared.plans)
     registration = dataclasses.replace(config.registration, method="refine")
-    metric = SIMILARITIES[registration.similarity].affine_metric
     settings = {
         "dataset": prepared.name,
         "plans": prepared.plans_name,
@@ -92,7 +90,7 @@ def benchmark_registration(
     out = Path(out).absolute()
     claim_folder(out / SETTINGS, settings, "benchmark of registrations")
     failures = _measure_missing(
-        prepared, out, pairs, methods, MethodOptions(registration, metric, config.seed, threads, device), log
+        prepared, out, pairs, methods, MethodOptions(registration, config.seed, threads, device), log
     )
     rows = read_pairs(out)
     summary = {}

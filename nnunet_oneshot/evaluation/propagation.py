@@ -33,7 +33,6 @@ from nnunet_oneshot.registration.files.register_pair import quality_warnings
 from nnunet_oneshot.registration.pair.quality import outlier_scores, telling_similarity
 from nnunet_oneshot.registration.pair.registrar import register_arrays
 from nnunet_oneshot.registration.pair.registration import Registration
-from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
 from nnunet_oneshot.registration.pair.warp import sample_label_probabilities, warp_label_probabilities
 from nnunet_oneshot.self_training.guide import SegmentingGuide, guided_by
 from nnunet_oneshot.self_training.posterior import posterior_labels
@@ -304,8 +303,7 @@ class _Propagator:
                 np.ascontiguousarray(in_common_order(volume, turned)) for volume in (atlas_image, atlas_segmentation)
             )
             atlas_spacing = edges_in_common_order(atlas_spacing, turned)
-            metric = SIMILARITIES[self.settings.similarity].affine_metric
-            options = MethodOptions(self.settings, metric, self.config.seed, device=str(self.device))
+            options = MethodOptions(self.settings, self.config.seed, device=str(self.device))
             register = REGISTRATION_METHODS[self.method].register
             found = register((outlined, spacing), (atlas_image, atlas_spacing), None, options)
             return sample_label_probabilities(atlas_segmentation, torch.from_numpy(found.places()), self.labels)

@@ -35,14 +35,12 @@ class MethodOptions:
 
     Attributes:
         config: Settings of our registration; its affine stage is also the start of the methods that say so.
-        affine_metric: Metric of that stage, see `nnunet_oneshot.registration.pair.affine.register_affine`.
         seed: Of random sampling.
         threads: Of every library.
         device: Where our deformable stage and ConvexAdam run.
     """
 
     config: RegistrationConfig
-    affine_metric: str = "correlation"
     seed: int = 0
     threads: int = 1
     device: str = "cpu"
@@ -132,7 +130,9 @@ def syncc(case: Volume, atlas: Volume, labels: np.ndarray | None, options: Metho
 @method("bspline", libraries=_OURS)
 def bspline(case: Volume, atlas: Volume, labels: np.ndarray | None, options: MethodOptions) -> FoundPlaces:
     """SimpleITK's cubic B-splines on cells of about 8 voxels, three levels, L-BFGS, after our affine stage."""
-    by_information = options.affine_metric == "mutual_information"
+    from nnunet_oneshot.registration.pair.similarities import SIMILARITIES
+
+    by_information = SIMILARITIES[options.config.similarity].affine_metric == "mutual_information"
     return _by_itk(
         case,
         atlas,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 
 import nnunet_oneshot
@@ -116,8 +115,7 @@ class PairWork:
             registrar = self.registrar(pair.atlas)
             initial = self.prepared.alignment(pair.case, pair.atlas, image.shape[1:], registrar.atlas_shape)
             known = None if self.first is None else self.first.load(pair.atlas, pair.case)
-            with _one_itk_thread():
-                return registrar.align(image, self.prepared.spacing(pair.case), initial=initial, known=known)
+            return registrar.align(image, self.prepared.spacing(pair.case), initial=initial, known=known)
 
     def deform(
         self, batch: Sequence[Pair], aligned: Sequence[Aligned], shapes: Sequence[Sequence[int]]
@@ -167,17 +165,6 @@ class PairWork:
         if self.network is None:
             return None
         return load_predictor(self.network, self.prepared, config=self.config, device=self.device)
-
-
-@contextmanager
-def _one_itk_thread() -> Iterator[None]:
-    """Lets ITK compute with one thread, since the sums of several depend on their number: on the machine's cores."""
-    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 
 def described(batch: Sequence[Pair]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,9 +13,10 @@ from nnunet_oneshot.data.image_folder import ImageFolder
 from nnunet_oneshot.data.parallel import default_processes
 from nnunet_oneshot.data.raw import RawDataset, find_dataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.io import atomic_path, save_json_atomic, writing
+from nnunet_oneshot.io import atomic_path, save_json_atomic, save_text_atomic, writing
 from nnunet_oneshot.registration.dataset.ranking import RankedCase, rank_cases
 from nnunet_oneshot.registration.dataset.suggestion_figure import contact_sheet
+from nnunet_oneshot.tables import csv_table
 
 _SHOWN = 10
 
@@ -85,10 +85,8 @@ def _best_and_worst(ranking: Sequence[RankedCase]) -> tuple[list[RankedCase], li
 
 
 def _write_csv(ranking: Sequence[RankedCase], target: Path) -> None:
-    with atomic_path(target) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(ranking[0])))
-        writer.writeheader()
-        writer.writerows(asdict(case) for case in ranking)
+    rows = [asdict(case) for case in ranking]
+    save_text_atomic(csv_table(list(rows[0]), [list(row.values()) for row in rows]), target)
 
 
 def _table(ranking: Sequence[RankedCase], raw: RawDataset) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from nnunet_oneshot.io import save_text_atomic
 from nnunet_oneshot.registration.dataset.cache import RegistrationCache
 from nnunet_oneshot.registration.pair.quality import draw_weights, telling_similarity
 from nnunet_oneshot.registration.pair.registration import Registration
+from nnunet_oneshot.tables import csv_table
 
 
 def summary_path(cache: RegistrationCache, atlas: str) -> Path:
@@ -41,12 +40,12 @@ def write_summary(cache: RegistrationCache, atlas: str, cases: Sequence[str]) ->
     weights = draw_weights([Registration(atlas, c, np.eye(4), nothing, (), (), q) for c, q in qualities.items()])
     drawn = dict(zip(qualities, weights > 0, strict=True))
     figures = sorted({name for quality in qualities.values() for name in quality})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["case", "used_in_training", *figures], lineterminator="\n")
-    writer.writeheader()
-    for case in sorted(qualities, key=lambda case: (telling_similarity(qualities[case]), case)):
-        writer.writerow({"case": case, "used_in_training": "yes" if drawn[case] else "no", **qualities[case]})
+    rows = [
+        [case, "yes" if drawn[case] else "no", *(qualities[case].get(name, "") for name in figures)]
+        for case in sorted(qualities, key=lambda case: (telling_similarity(qualities[case]), case))
+    ]
+    text = csv_table(["case", "used_in_training", *figures], rows)
     path = summary_path(cache, atlas)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text.getvalue():
-        save_text_atomic(text.getvalue(), path)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        save_text_atomic(text, path)
     return path

@@ -12,7 +12,6 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-import SimpleITK as sitk
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -177,7 +176,6 @@ def _own(work: PairWork) -> PairWork:
 def _begin(parent: int) -> None:
     end_with(parent)
     torch.set_num_threads(1)
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     threadpool_limits(1)
 
 

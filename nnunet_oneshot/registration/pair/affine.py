@@ -8,6 +8,7 @@ from math import prod
 
 import numpy as np
 import torch
+from scipy.ndimage import center_of_mass
 from torch import Tensor
 
 from nnunet_oneshot.intensities import standardised
@@ -217,18 +218,11 @@ def _starts(
 
 def _centre_of_mass(image: Tensor, spacing: Sequence[float]) -> np.ndarray:
     """Of the mean of the channels above its minimum, mm from the centre; 0 for a constant image."""
-    mass = image[0].mean(0)
-    mass = (mass - mass.min()).double()
-    total = mass.sum()
-    if total <= 0:
+    mass = image[0].mean(0).cpu().double().numpy()
+    mass = mass - mass.min()
+    if not mass.any():
         return np.zeros(mass.ndim)
-    others = [tuple(axis for axis in range(mass.ndim) if axis != kept) for kept in range(mass.ndim)]
-    profiles = [mass.sum(axes) if axes else mass for axes in others]
-    means = [
-        float((profile * torch.arange(len(profile), dtype=torch.float64, device=mass.device)).sum() / total)
-        for profile in profiles
-    ]
-    return (np.array(means) - (np.array(mass.shape) - 1) / 2) * np.asarray(spacing, float)
+    return (np.array(center_of_mass(mass)) - (np.array(mass.shape) - 1) / 2) * np.asarray(spacing, float)
 
 
 class _Stage:

@@ -16,12 +16,13 @@ from nnunet_oneshot.registration.pair.functional import (
     identity_grid,
     integrate_on,
     masked_mean,
-    sample_at,
+    scale_vectors,
     squared_local_correlation,
     transform_points,
     warp,
 )
 from nnunet_oneshot.registration.pair.grid import RegistrationGrid
+from nnunet_oneshot.registration.pair.warp import deform_points
 
 # Voxels of the grid and steps of its two levels: enough to tell whether structures meet.
 _VOXELS = 40_000
@@ -70,7 +71,7 @@ class Trial:
             observed = mask.flatten(1).mean(1)
             alike = alike * (1 + observed / observed.max().clamp_min(1e-6)) / 2
             places = self._places(displacement, case.shape[1:], maps).flatten(1)
-        return alike.cpu().double().numpy(), torch.cdist(places, places).cpu().double().numpy()
+        return alike.cpu().double().numpy(), torch.cdist(places, places).double().numpy()
 
     def _places(self, displacement: Tensor, shape: Sequence[int], maps: Sequence[np.ndarray]) -> Tensor:
         """Where points of a case lie in the atlas by each map and its displacement, in units of distance of `compare`.
@@ -84,13 +85,12 @@ class Trial:
             (K, D, *points), scaled so that the norm of a difference is the root mean square distance.
         """
         grid = self._grid
-        points = identity_grid([_POINTS] * len(shape), device=displacement.device)
         axes = (-1, *[1] * len(shape))
-        points = (points + 0.5) * points.new_tensor([n / _POINTS for n in shape]).view(axes) - 0.5
-        ratio = points.new_tensor([g / n for g, n in zip(grid.shape, grid.atlas_shape, strict=True)]).view(axes)
-        affine = torch.from_numpy(np.stack(maps)).to(points)
-        read = (transform_points(affine, points.expand(len(maps), *points.shape)) + 0.5) * ratio - 0.5
-        moved = read + sample_at(displacement, read)
-        edges = points.new_tensor(grid.spacing).view(axes)
-        longest = max(np.multiply(grid.shape, grid.spacing))
-        return moved * edges / float(longest) / _POINTS ** (len(shape) / 2)
+        points = (identity_grid([_POINTS] * len(shape)) + 0.5) * torch.tensor([n / _POINTS for n in shape]).view(axes)
+        fields = scale_vectors(displacement, grid.shape, grid.atlas_shape).cpu()
+        points = (points - 0.5).expand(len(maps), *points.shape)
+        read = transform_points(torch.from_numpy(np.stack(maps)).float(), points)
+        moved = [deform_points(p, field, grid.atlas_shape) for p, field in zip(read, fields, strict=True)]
+        extents = np.multiply(grid.shape, grid.spacing)
+        edges = torch.from_numpy(extents / grid.atlas_shape / extents.max()).float().view(axes)
+        return torch.stack(moved) * edges / _POINTS ** (len(shape) / 2)

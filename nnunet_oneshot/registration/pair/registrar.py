@@ -151,8 +151,11 @@ class AtlasRegistrar:
             return result.matrix, result.start, 1.0
         maps = [result.matrix, *result.rivals]
         alike, apart = self._trial.compare(image, maps)
-        best = int(alike.argmax())
-        elsewhere = alike[apart[best] > max(SAME_MAP, _APART / max(self.grid.shape))]
+        far = apart > max(SAME_MAP, _APART / max(self.grid.shape))
+        # The trial decides between places; of maps that lead to one, that with the better objective stays.
+        elsewhere_or_first = far[0] | (np.arange(len(maps)) == 0)
+        best = int(np.where(elsewhere_or_first, alike, -np.inf).argmax())
+        elsewhere = alike[far[best]]
         margin = 1 - elsewhere.max() / max(alike[best], 1e-6) if elsewhere.size else 1.0
         return maps[best], result.start if best == 0 else "rival", float(margin)
 

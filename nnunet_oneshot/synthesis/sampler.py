@@ -111,8 +111,7 @@ class Deformation:
 
     def to_case(self, points: Tensor) -> Tensor:
         """Where the case shows the anatomy of the atlas: affine^-1(exp(-v)(points)), (3, *out), case voxels."""
-        inverse = torch.from_numpy(np.linalg.inv(self.registration.affine)).float()
-        return transform_points(inverse, self.flows.move(points, self.registration, sign=-1)[None])[0]
+        return _in_case(self.flows.move(points, self.registration, sign=-1), self.registration)
 
 
 @dataclass(frozen=True)
@@ -180,9 +179,13 @@ def case_locations(deformation: Deformation, atlas_voxels: np.ndarray) -> np.nda
     velocity = torch.from_numpy(registration.velocity) if deformation.velocity is None else deformation.velocity
     points = torch.from_numpy(np.ascontiguousarray(np.transpose(atlas_voxels), dtype=np.float32))
     moved = flow_single_points(points, -velocity, registration.atlas_shape, steps=_STEPS)
-    inverse = torch.from_numpy(np.linalg.inv(registration.affine)).float()
-    places = transform_points(inverse, moved[None])[0].round().numpy().T
+    places = _in_case(moved, registration).round().numpy().T
     return np.clip(places, 0, np.array(registration.case_shape) - 1).astype(int)
+
+
+def _in_case(points: Tensor, registration: Registration) -> Tensor:
+    """Atlas voxel coordinates (3, *out) as voxel coordinates of the case, by the inverse of the affine map."""
+    return transform_points(torch.from_numpy(np.linalg.inv(registration.affine)).float(), points[None])[0]
 
 
 def sample_patch(places: Places, deformation: Deformation, atlas: Atlas, case: Any, *, synthetic: bool = True) -> Patch:

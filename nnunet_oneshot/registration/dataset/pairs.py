@@ -18,7 +18,7 @@ import torch
 import nnunet_oneshot
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, listed
 from nnunet_oneshot.registration.dataset.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset.network_store import Predictor, load_predictor
 from nnunet_oneshot.registration.dataset.pictures import draw_registration
@@ -26,8 +26,6 @@ from nnunet_oneshot.registration.dataset.sources import Source
 from nnunet_oneshot.registration.pair.registrar import Aligned, AtlasRegistrar
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.self_training.guide import SegmentingGuide
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -169,9 +167,7 @@ class PairWork:
 
 def described(batch: Sequence[Pair]) -> str:
     """The pairs of a batch in words, such as ``atlas_0 to case_1, case_2``."""
-    names = [pair.case for pair in batch]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{batch[0].atlas} to {', '.join(names[:_SHOWN])}{more}"
+    return f"{batch[0].atlas} to {listed(pair.case for pair in batch)}"
 
 
 @contextmanager

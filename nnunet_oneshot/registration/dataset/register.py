@@ -20,6 +20,7 @@ from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.orientation import relative_rotation
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.devices import host_threads
+from nnunet_oneshot.errors import listed
 from nnunet_oneshot.io import writing
 from nnunet_oneshot.locks import waiting_for
 from nnunet_oneshot.precision import uses_bfloat16
@@ -323,16 +324,12 @@ def _report(cache: RegistrationCache, pairs: Sequence[Pair], log: Callable[[str]
     if unmoved and affine:
         log(
             f"Warning: the affine stage found nothing better than the alignment it began with for {len(unmoved)} of "
-            f"{len(pairs)} pairs ({_shown(unmoved)}); look at their pictures."
+            f"{len(pairs)} pairs ({listed(pair.case for pair in unmoved)}); look at their pictures."
         )
-    ambiguous = [pair for pair, quality in zip(pairs, qualities, strict=True) if is_ambiguous(quality)]
+    ambiguous = [pair.case for pair, quality in zip(pairs, qualities, strict=True) if is_ambiguous(quality)]
     if ambiguous:
         log(
-            f"Warning: {len(ambiguous)} of {len(pairs)} pairs are ambiguous ({_shown(ambiguous)}): another position, "
+            f"Warning: {len(ambiguous)} of {len(pairs)} pairs are ambiguous ({listed(ambiguous)}): another position, "
             f"for example one vertebra further, makes the images almost as alike. They are drawn less; look at their "
             f"pictures."
         )
-
-
-def _shown(pairs: Sequence[Pair]) -> str:
-    return ", ".join(pair.case for pair in pairs[:5]) + (", ..." if len(pairs) > 5 else "")

@@ -38,7 +38,7 @@ class OneShotCPUPlanner(OneShotPlanner):
         # Networks with fewer features bear, and in short trainings need, larger steps.
         return dataclasses.replace(config, initial_lr=3e-3, registration=registration)
 
-    def get_plans_for_configuration(
+    def limited_configuration(
         self,
         spacing: np.ndarray | tuple[float, ...] | list[float],
         median_shape: np.ndarray | tuple[int, ...],
@@ -50,25 +50,34 @@ class OneShotCPUPlanner(OneShotPlanner):
         dimensions = len(spacing)
         full_shape = np.asarray(median_shape, dtype=float)[:dimensions]
         limit = full_shape
+        kept = self._least_patch(np.asarray(spacing, dtype=float))
         # Shrinking by arithmetic first spares building a network for every step.
         while np.prod(limit) > _MAX_PATCH_VOXELS:
-            limit = _shrink(limit, np.asarray(spacing, dtype=float))
+            limit = _shrink(limit, np.asarray(spacing, dtype=float), kept)
         while True:
-            plan = super().get_plans_for_configuration(
-                spacing, limit, data_identifier, approximate_n_voxels_dataset, _cache
-            )
+            plan = super().limited_configuration(spacing, limit, data_identifier, approximate_n_voxels_dataset, _cache)
             voxels = int(np.prod(plan["patch_size"]))
             if voxels <= _MAX_PATCH_VOXELS:
                 break
-            limit = _shrink(limit, np.asarray(spacing, dtype=float))
+            limit = _shrink(limit, np.asarray(spacing, dtype=float), kept)
         plan["median_image_size_in_voxels"] = median_shape
         plan["batch_size"] = 2 if dimensions == 3 else int(np.clip(2 * _MAX_PATCH_VOXELS // voxels, 2, _MAX_BATCH_2D))
         return plan
 
+    def _least_patch(self, spacing: np.ndarray) -> np.ndarray:
+        """Edges below which a 3D patch would not cover a row of structures that look alike, voxels; 4 without one."""
+        if self.row_extent is None or len(spacing) < 3:
+            return np.full(len(spacing), 4.0)
+        return np.maximum(4.0, self.row_extent / spacing)
 
-def _shrink(shape: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Takes one tenth off the axis that is longest in millimetres, never below four voxels."""
+
+def _shrink(shape: np.ndarray, spacing: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Takes one tenth off the axis that is longest in millimetres, of those that stay above ``kept`` if there are any.
+
+    No axis falls below four voxels.
+    """
     shape = shape.copy()
-    axis = int(np.argmax(np.where(shape > 4, shape * spacing, 0)))
+    free = 0.9 * shape >= kept
+    axis = int(np.argmax(np.where((free if free.any() else True) & (shape > 4), shape * spacing, 0)))
     shape[axis] = max(4.0, shape[axis] * 0.9)
     return shape

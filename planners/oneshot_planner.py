@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
@@ -20,13 +22,19 @@ from nnunet_oneshot.io import load_json_checked, save_json_atomic
 # Student and teacher have one topology, and activations dominate memory: each gets half. Those of only one are
 # held at a time, which leaves room for the features that the hint compares.
 NETWORKS = 2
+# A patch covers a row of structures that look alike with this much to spare, for longer bodies than the atlas's.
+_SPARE = 1.1
+# The target spacing grows in steps of this factor, at most to so many times what it was.
+_COARSER, _COARSEST = 1.05, 3.0
 
 
 class OneShotPlannerMixin(ExperimentPlanner):
     """Turns one of nnU-Net's planners into one for one-shot training; to be listed before it among the bases.
 
     The planner reads the fingerprint in which no label but the atlases' is counted, divides its memory target among
-    student and teacher, copes with cases without label, and adds the ``oneshot`` block to the plans.
+    student and teacher, copes with cases without label, and adds the ``oneshot`` block to the plans. Where the atlas
+    shows a row of structures that look alike, such as vertebrae, and the patch of the 3D full resolution does not cover
+    it, the target spacing of 3D grows until it does: a network that sees part of the row cannot tell which part.
 
     Args:
         dataset_name_or_id: Data set.
@@ -39,6 +47,8 @@ class OneShotPlannerMixin(ExperimentPlanner):
     Attributes:
         default_plans_name: Name of the plans.
         default_memory_target: GB.
+        kept_block: Whether the existing plans' ``oneshot`` block was kept.
+        notes: What was planned otherwise than nnU-Net would, and why; sentences for the user.
     """
 
     default_plans_name: ClassVar[str]
@@ -67,6 +77,9 @@ class OneShotPlannerMixin(ExperimentPlanner):
             )
         self.dataset_fingerprint = fingerprint
         self.UNet_vram_target_GB /= NETWORKS
+        self.kept_block = False
+        self.notes: list[str] = []
+        self._coarsening = 1.0
 
     def determine_reader_writer(self) -> type:
         """nnU-Net's reader for the first image; hidden files, which nnU-Net would try too, are no images."""
@@ -97,6 +110,82 @@ class OneShotPlannerMixin(ExperimentPlanner):
                 case: {"images": raw.images(case), "label": raw.label(case) or f"labelsTr/{case}{raw.file_ending}"}
                 for case in raw.cases
             }
+
+    @property
+    def row_extent(self) -> np.ndarray | None:
+        """Box that a patch must cover to show a whole row of structures that look alike, 3 edges in mm, as planned."""
+        row = self.dataset_fingerprint["oneshot"].get("row")
+        if row is None:
+            return None
+        return _SPARE * np.asarray(row["extent"], float)[self.determine_transpose()[0]]
+
+    def plan_experiment(self) -> dict[str, Any]:
+        self._cover_row()
+        return super().plan_experiment()
+
+    def determine_fullres_target_spacing(self) -> np.ndarray:
+        """nnU-Net's, larger where a patch would not cover a row of structures that look alike."""
+        return self._coarsening * np.asarray(super().determine_fullres_target_spacing(), float)
+
+    def _cover_row(self) -> None:
+        """Makes the target spacing of volumes coarser until a patch shows the whole row of the fingerprint."""
+        spacing = self.determine_fullres_target_spacing()
+        is_flat = all(shape[0] == 1 for shape in self.dataset_fingerprint["shapes_after_crop"])
+        if self.row_extent is None or self.overwrite_target_spacing is not None or is_flat:
+            return
+        known: dict = {}
+        first = plan = self._plan_3d(spacing, known)
+        factor = 1.0
+        while factor < _COARSEST and not self._covers_row(plan):
+            factor *= _COARSER
+            plan = self._plan_3d(factor * spacing, known)
+        if factor == 1:
+            return
+        self._coarsening = factor
+        labels = ", ".join(map(str, self.dataset_fingerprint["oneshot"]["row"]["labels"]))
+        before, after = ([int(edge) for edge in one["patch_size"]] for one in (first, plan))
+        coarser, finer = (np.round(edges, 2).tolist() for edges in (factor * spacing, spacing))
+        self.notes.append(
+            f"Labels {labels} of the atlas look alike, and a patch of {before} voxels does not show all of them: a "
+            f"network could not tell them apart. The 3D target spacing is {coarser} mm instead of {finer} mm, with "
+            f"which a patch of {after} voxels does; -overwrite_target_spacing sets another."
+        )
+
+    def _plan_3d(self, spacing: np.ndarray, known: dict) -> dict[str, Any]:
+        """The configuration of the full resolution with a target spacing (mm), in the order of the files' axes.
+
+        What networks cost is kept in ``known``.
+        """
+        geometry = zip(self.dataset_fingerprint["spacings"], self.dataset_fingerprint["shapes_after_crop"], strict=True)
+        shapes = [compute_new_shape(shape, old, spacing) for old, shape in geometry]
+        order = self.determine_transpose()[0]
+        median = np.median(shapes, 0)[order]
+        voxels = float(np.prod(median)) * self.dataset_json["numTraining"]
+        return self.limited_configuration(spacing[order], median, "", voxels, known)
+
+    def _covers_row(self, plan: dict[str, Any]) -> bool:
+        """Whether the patch of a 3D configuration shows the whole row, or the whole of the median image."""
+        spacing, image = np.asarray(plan["spacing"]), np.asarray(plan["median_image_size_in_voxels"], float)
+        wanted = np.minimum(self.row_extent, image * spacing)
+        return bool((np.asarray(plan["patch_size"]) * spacing >= wanted - 1e-6).all())
+
+    def get_plans_for_configuration(
+        self,
+        spacing: np.ndarray | tuple[float, ...] | list[float],
+        median_shape: np.ndarray | tuple[int, ...],
+        data_identifier: str,
+        approximate_n_voxels_dataset: float,
+        _cache: dict,
+    ) -> dict[str, Any]:
+        """nnU-Net's configuration; slices keep their resolution where that of volumes is coarser."""
+        if len(spacing) == 2 and self._coarsening > 1:
+            spacing = np.asarray(spacing) / self._coarsening
+            median_shape = np.round(np.asarray(median_shape) * self._coarsening)
+        return self.limited_configuration(spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache)
+
+    def limited_configuration(self, *arguments: Any) -> dict[str, Any]:
+        """A configuration within the limits of the planner, here nnU-Net's; arguments as above."""
+        return super().get_plans_for_configuration(*arguments)
 
     @staticmethod
     def static_estimate_VRAM_usage(  # noqa: N802  (nnU-Net's name)
@@ -144,8 +233,6 @@ class OneShotPlannerMixin(ExperimentPlanner):
                     plans[BLOCK] = previous[BLOCK]
                     self.kept_block = True
         save_json_atomic(plans, self.plans_file)
-
-    kept_block = False
 
 
 class OneShotPlanner(OneShotPlannerMixin, ExperimentPlanner):

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_oneshot.data.lookalikes import Row, longest_row
 from nnunet_oneshot.data.orientation import axes_of, in_common_order, name_of
 from nnunet_oneshot.data.parallel import run_on_cases
 from nnunet_oneshot.data.raw import RawDataset
@@ -115,6 +116,7 @@ def make_fingerprint(
 
     samples: list[list[np.ndarray]] = []
     warnings: list[str] = []
+    rows: list[Row] = []
     for case in atlases:
         image, label, found = read_labelled_case(raw, case)
         warnings += found
@@ -123,8 +125,10 @@ def make_fingerprint(
             cropped_label, cropped, num_samples=_INTENSITY_SAMPLES // len(atlases)
         )
         samples.append(intensities)
+        row = longest_row(cropped, cropped_label[0], image.properties["spacing"])
+        rows += [] if row is None else [row]
     ordered = [surveys[case] for case in raw.cases]
-    fingerprint = {
+    fingerprint: dict[str, Any] = {
         "spacings": [list(survey.spacing) for survey in ordered],
         "shapes_after_crop": [list(survey.shape) for survey in ordered],
         "foreground_intensity_properties_per_channel": {
@@ -134,6 +138,9 @@ def make_fingerprint(
         "median_relative_size_after_cropping": float(np.median([survey.relative_size for survey in ordered])),
         "oneshot": {"atlases": list(atlases), "cases": raw.cases},
     }
+    if rows:
+        longest = max(rows, key=lambda row: max(row.extent))
+        fingerprint["oneshot"]["row"] = {"labels": list(longest.labels), "extent": list(longest.extent)}
     return fingerprint, warnings
 
 
@@ -164,7 +171,10 @@ def load_fingerprint(folder: Path) -> dict[str, Any]:
 def _is_fingerprint(content: Any) -> bool:
     """Whether a fingerprint has the entries that planning reads, for each of its cases and channels."""
     try:
-        atlases, cases = content["oneshot"]["atlases"], content["oneshot"]["cases"]
+        own = content["oneshot"]
+        atlases, cases = own["atlases"], own["cases"]
+        row = own.get("row", {"labels": [1], "extent": [1.0, 1.0, 1.0]})
+        extent = np.array(row["extent"])
         geometry = np.array([content["spacings"], content["shapes_after_crop"]])
         channels = content["foreground_intensity_properties_per_channel"].values()
         others = np.array(
@@ -174,7 +184,8 @@ def _is_fingerprint(content: Any) -> bool:
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return False
     lists = is_list_of_names(atlases) and is_list_of_names(cases) and geometry.shape == (2, len(cases), 3)
-    return lists and all(array.dtype.kind in "if" and np.isfinite(array).all() for array in (geometry, others))
+    rows = extent.shape == (3,) and all(type(label) is int for label in row["labels"])
+    return lists and rows and all(a.dtype.kind in "if" and np.isfinite(a).all() for a in (geometry, others, extent))
 
 
 def remove_copy(folder: Path) -> None:

@@ -42,6 +42,20 @@ def raw_header(path: str | os.PathLike) -> Any:
         return type(image.header).from_fileobj(file, check=False)
 
 
+def file_order(path: str | os.PathLike) -> str | None:
+    """The directions in which the axes of a NIfTI volume grow, such as ``RAS``; None where it cannot be told."""
+    import nibabel
+
+    try:
+        image: Any = nibabel.load(path)
+        if len(image.shape) < 3 or min(image.shape[:3]) < 2:
+            return None
+        return "".join(nibabel.aff2axcodes(image.affine))
+    # nibabel raises whatever lies beneath it, and names an axis without direction None.
+    except Exception:
+        return None
+
+
 def header_notes(path: str, properties: Mapping[str, Any]) -> list[str]:
     """What is contradictory or missing in the header of a NIfTI file, and what the reader made of it.
 

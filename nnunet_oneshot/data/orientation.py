@@ -82,11 +82,12 @@ def name_of(axes: np.ndarray) -> str:
     return "".join(letters[axis] for axis in range(3))
 
 
-def mixed_orders_note(orders: Mapping[str, str]) -> str | None:
+def mixed_orders_note(orders: Mapping[str, str], *, reoriented: bool) -> str | None:
     """What a user should know of files in different axis orders, or None where all lie in one.
 
     Args:
         orders: Case -> the order of its axes, see `name_of`.
+        reoriented: Whether the reader brings all into one order.
     """
     cases: dict[str, list[str]] = {}
     for case, order in sorted(orders.items()):
@@ -97,10 +98,16 @@ def mixed_orders_note(orders: Mapping[str, str]) -> str | None:
         f"{order}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         for order, names in sorted(cases.items(), key=lambda item: -len(item[1]))
     )
+    found = f"the files are stored in {len(cases)} different axis orders ({listed})."
+    if reoriented:
+        return (
+            f"{found} nnU-Net's NibabelIOWithReorient brings all of them into one; the plans name it, and prediction "
+            f'uses it too. "overwrite_image_reader_writer" in dataset.json names another reader.'
+        )
     return (
-        f"the files are stored in {len(cases)} different axis orders ({listed}). Registration starts from their "
-        f"headers. A reader that reorients makes the network's work easier: set "
-        f'"overwrite_image_reader_writer": "NibabelIOWithReorient" in dataset.json.'
+        f"{found} Registration starts from their headers, but the network has to learn every order, which takes it "
+        f"many times as long: store them as NIfTI files, for which nnU-Net has a reader that reorients "
+        f'(NibabelIOWithReorient), and remove "overwrite_image_reader_writer" from dataset.json if it is there.'
     )
 
 

@@ -44,10 +44,12 @@ class Planner(Protocol):
     Attributes:
         default_plans_name: Name of the plans where the user gives none.
         kept_block: Whether the existing plans' ``oneshot`` block was kept.
+        notes: What was planned otherwise than nnU-Net would, for the user.
     """
 
     default_plans_name: ClassVar[str]
     kept_block: bool
+    notes: list[str]
 
     def __init__(self, dataset_name_or_id: str, **options: Any) -> None: ...
 
@@ -82,6 +84,8 @@ def plan_and_preprocess(
     raw = find_dataset(dataset)
     log(f"{raw.name}: {len(raw.cases)} training cases, {len(raw.labelled)} of them labelled")
     for note in check_files(raw):
+        log(f"Note: {note}")
+    if note := mixed_orders_note(raw.reoriented, reoriented=True):
         log(f"Note: {note}")
     folder = preprocessed / raw.name
     default_name = planner_class.default_plans_name if planner_class else ""
@@ -167,7 +171,8 @@ class _Surveys:
             for survey in self._surveys.values():
                 for warning in survey.warnings:
                     self._log(f"Warning: {warning}")
-            if note := mixed_orders_note({case: survey.order for case, survey in self._surveys.items()}):
+            orders = {case: survey.order for case, survey in self._surveys.items()}
+            if note := mixed_orders_note(orders, reoriented=False):
                 self._log(f"Note: {note}")
         return self._surveys
 
@@ -262,6 +267,8 @@ def _plan(
     log(f"Plans: {planner.plans_file}")
     if planner.kept_block:
         log(f'Note: the "{BLOCK}" block of the existing plans was kept.')
+    for note in planner.notes:
+        log(f"Note: {note}")
     plans = load_json_checked(planner.plans_file, "the plans file")
     for line in _described(plans):
         log(line)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_oneshot.data.description import check_description
+from nnunet_oneshot.data.headers import file_order, is_nifti
 from nnunet_oneshot.errors import OneShotError, shown
 from nnunet_oneshot.io import load_json_checked, require_env
 from nnunet_oneshot.names import check_name
@@ -100,7 +101,11 @@ class RawDataset:
 
     @cached_property
     def reader_class(self) -> type:
-        """nnU-Net's reader for these images, chosen as nnU-Net chooses it: by suffix and a trial on the first image.
+        """nnU-Net's reader for these images.
+
+        It is chosen as nnU-Net chooses it, by ``dataset.json``, by suffix and by a trial on the first image, but where
+        NIfTI files are stored in different axis orders it is nnU-Net's reader that reorients: a network would have to
+        learn every order.
 
         Raises:
             OneShotError: The suffix is not one that nnU-Net reads, or no reader can open the first image.
@@ -108,6 +113,7 @@ class RawDataset:
         import contextlib
         import io
 
+        from nnunetv2.imageio.nibabel_reader_writer import NibabelIOWithReorient
         from nnunetv2.imageio.reader_writer_registry import (
             LIST_OF_IO_CLASSES,
             determine_reader_writer_from_dataset_json,
@@ -123,13 +129,28 @@ class RawDataset:
         trace = io.StringIO()
         try:
             with contextlib.redirect_stderr(trace):
-                return determine_reader_writer_from_dataset_json(self.dataset_json, example, verbose=False)
+                found = determine_reader_writer_from_dataset_json(self.dataset_json, example, verbose=False)
         except RuntimeError as error:
             lines = trace.getvalue().strip().splitlines()
             raise OneShotError(
                 f"Case {self.cases[0]}: {example} cannot be read ({lines[-1] if lines else error}). "
                 f"The file is damaged or not of its suffix's format: replace it or remove the case."
             ) from error
+        return NibabelIOWithReorient if self.reoriented else found
+
+    @cached_property
+    def reoriented(self) -> dict[str, str]:
+        """The axis order of each case's first file, if they differ and `reader_class` reorients; else nothing."""
+        if "overwrite_image_reader_writer" in self.dataset_json or not is_nifti(f"x{self.file_ending}"):
+            return {}
+        orders: dict[str, str] = {}
+        for case in self.cases:
+            order = file_order(self.images(case)[0])
+            # What is no volume that can be read is told of when it is read.
+            if order is None:
+                return {}
+            orders[case] = order
+        return orders if len(set(orders.values())) > 1 else {}
 
     def _found_files(self) -> dict[str, tuple[list[str], str | None]]:
         """Images and label path of every case in ``imagesTr``."""

@@ -41,6 +41,13 @@ def pretend_size(dataset, shape, spacing):
     path.write_text(json.dumps(content))
 
 
+def pretend_row(dataset, extent):
+    path = dataset.preprocessed / "oneshot_fingerprint.json"
+    content = json.loads(path.read_text())
+    content["oneshot"]["row"] = {"labels": [1, 2, 3], "extent": list(extent)}
+    path.write_text(json.dumps(content))
+
+
 def voxels(configuration):
     return int(np.prod(configuration["patch_size"])) * configuration["batch_size"]
 
@@ -115,6 +122,36 @@ def test_cpu_preset_limits_patches_batches_and_features(dataset, shape, spacing)
         if name == "3d_fullres":
             assert configuration["batch_size"] == 2
             assert [int(size) for size in configuration["median_image_size_in_voxels"]] == list(shape)
+
+
+@pytest.mark.parametrize("planner", [OneShotCPUPlanner, OneShotPlanner])
+def test_patch_covers_a_row_of_structures_that_look_alike(dataset, planner):
+    shape, spacing = ((38, 112, 112), (2.0, 2.0, 2.0)) if planner is OneShotCPUPlanner else ((300,) * 3, (1.0,) * 3)
+    pretend_size(dataset, shape, spacing)
+    plain = planner(dataset.name).plan_experiment()["configurations"]
+    extent = (58.0, 62.0, 188.0) if planner is OneShotCPUPlanner else (120.0, 120.0, 130.0)
+    pretend_row(dataset, extent)
+    made = planner(dataset.name)
+    planned = made.plan_experiment()["configurations"]
+    seen = np.array(planned["3d_fullres"]["patch_size"]) * planned["3d_fullres"]["spacing"]
+    wanted = np.minimum(1.1 * np.array(extent), np.array(shape) * spacing)
+    assert (seen >= wanted - 1e-6).all()
+    assert not (np.array(plain["3d_fullres"]["patch_size"]) * spacing >= wanted).all()
+    assert planned["3d_fullres"]["spacing"][0] < 2 * spacing[0]
+    assert planned["2d"]["spacing"] == pytest.approx(plain["2d"]["spacing"])
+    assert planned["2d"]["patch_size"] == plain["2d"]["patch_size"]
+    assert len(made.notes) == 1 and "Labels 1, 2, 3 of the atlas look alike" in made.notes[0]
+
+
+def test_spacing_that_the_user_names_is_kept_and_a_row_that_fits_changes_nothing(dataset):
+    pretend_size(dataset, (38, 112, 112), (2.0, 2.0, 2.0))
+    plain = OneShotCPUPlanner(dataset.name).plan_experiment()["configurations"]["3d_fullres"]
+    pretend_row(dataset, (60.0, 60.0, 60.0))
+    made = OneShotCPUPlanner(dataset.name)
+    assert made.plan_experiment()["configurations"]["3d_fullres"]["spacing"] == plain["spacing"] and not made.notes
+    pretend_row(dataset, (58.0, 62.0, 188.0))
+    named = OneShotCPUPlanner(dataset.name, overwrite_target_spacing=[2.0, 2.0, 2.0])
+    assert named.plan_experiment()["configurations"]["3d_fullres"]["spacing"] == [2.0, 2.0, 2.0] and not named.notes
 
 
 def test_cpu_preset_takes_the_whole_hippocampus(dataset):

@@ -336,6 +336,7 @@ class DistillationConfig:
     Attributes:
         hint: How the features are compared, one of the registered hints; ``"none"`` trains no teacher.
         hint_weight: Weight of the hint (the paper's lambda_hint).
+        hint_interval: The teacher and the hint take part in one of so many iterations.
         reconstruction_weight: Weight of the teacher's reconstruction (the paper's lambda_recon).
         levels: Number of decoder levels compared, counted from full resolution.
         detach: Whose features the hint takes as given: ``"teacher"`` (it moves the student and the projections),
@@ -348,23 +349,24 @@ class DistillationConfig:
         corruption: Share of the real patch that is masked before the teacher sees it, so that it cannot copy its input.
         corruption_block: Edge of a masked block, voxels.
         real_share: Share of the student's patches that are real ones, with propagated and corrected labels, rather
-            than synthetic; 0 has synthetic ones alone, as the paper does. In the rounds it is multiplied by the share
-            of the labels on which student and registration agree.
+            than synthetic; 0 has synthetic ones alone, as the paper does.
         posterior_strength: How far the intensities of the real patch correct its propagated labels; 0 leaves them as
             they are.
         posterior_blur: Standard deviation by which a propagated label is blurred before that, voxels: how far it may
             be wrong; a thin label is blurred less.
-        rounds: Shares (between 0 and 1) of the epochs after which the averaged student segments the unlabelled images
-            and guides a new registration of the atlas to them. Before the first round the student sees synthetic
-            patches alone. Without rounds, ``[]``, it sees real ones from the start, labelled by the first
-            registration.
+        rounds: Shares (between 0 and 1) of the epochs after which the averaged student segments unlabelled images and
+            guides a new registration of the atlas to them, which replaces the first where images stay about as alike.
+            Until then real patches have the labels of the first registration.
+        round_cases: Number of cases that a round segments and registers again; the real patches are theirs from then
+            on.
         guide_weight: Weight of the averaged student's segmentations in the registrations of a round; that of each label
-            is multiplied by the trust in the student that held-out patches suggest.
+            is multiplied by its Dice on held-out synthetic patches.
         average_decay: Share of the averaged student that remains at each step.
     """
 
     hint: str = setting("voxel", Registered("hint"))
     hint_weight: float = setting(0.1, Number())
+    hint_interval: int = setting(10, Whole(1))
     reconstruction_weight: float = setting(1.0, Number())
     levels: int = setting(2, Whole(1))
     detach: str = setting("teacher", Choice(("teacher", "student", "none")))
@@ -373,10 +375,11 @@ class DistillationConfig:
     teacher_learning_rate: float = setting(1e-3, _STEP_SIZE)
     corruption: float = setting(0.0, _SHARE)
     corruption_block: int = setting(8, Whole(1))
-    real_share: float = setting(0.75, _SHARE)
+    real_share: float = setting(0.5, _SHARE)
     posterior_strength: float = setting(0.6, Number())
     posterior_blur: float = setting(1.0, Number(0, 100))
-    rounds: tuple[float, ...] = setting((0.2, 0.4, 0.6, 0.8), Rising(Number(0, 1, open_low=True, open_high=True)))
+    rounds: tuple[float, ...] = setting((0.3, 0.6), Rising(Number(0, 1, open_low=True, open_high=True)))
+    round_cases: int = setting(24, Whole(1))
     guide_weight: float = setting(2.0, Number())
     average_decay: float = setting(0.99, Number(0, 1, open_high=True))
 

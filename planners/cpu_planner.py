@@ -20,10 +20,13 @@ class OneShotCPUPlanner(OneShotPlanner):
 
     Patches hold at most 100,000 voxels; batches hold two patches in 3D, and in 2D up to twelve within the same number
     of voxels; networks have 8 to 64 features, and 16 to 128 for more than 7 foreground labels. Registration runs on at
-    most 600,000 voxels. The students start with learning rate 0.003. The memory target has no effect.
+    most 600,000 voxels. The students start with learning rate 0.003. The memory target has no effect. The target
+    spacing grows until a patch covers a quarter of the median image, the share below which nnU-Net adds a low
+    resolution: of large images, a short training at full resolution learns little.
     """
 
     default_plans_name = "nnUNetOneShotCPUPlans"
+    least_share = 0.25
 
     def __init__(self, dataset_name_or_id: str | int, *args: Any, **kwargs: Any) -> None:
         super().__init__(dataset_name_or_id, *args, **kwargs)
@@ -66,9 +69,10 @@ class OneShotCPUPlanner(OneShotPlanner):
 
     def _least_patch(self, spacing: np.ndarray) -> np.ndarray:
         """Edges below which a 3D patch would not cover a row of structures that look alike, voxels; 4 without one."""
-        if self.row_extent is None or len(spacing) < 3:
+        extent = self.row_extent
+        if extent is None or len(spacing) < 3:
             return np.full(len(spacing), 4.0)
-        return np.maximum(4.0, self.row_extent / spacing)
+        return np.maximum(4.0, extent / spacing)
 
 
 def _shrink(shape: np.ndarray, spacing: np.ndarray, kept: np.ndarray) -> np.ndarray:

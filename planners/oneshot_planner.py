@@ -26,6 +26,7 @@ NETWORKS = 2
 _SPARE = 1.1
 # The target spacing grows in steps of this factor, at most to so many times what it was.
 _COARSER, _COARSEST = 1.05, 3.0
+_MUCH_COARSER = 2
 
 
 class OneShotPlannerMixin(ExperimentPlanner):
@@ -34,7 +35,8 @@ class OneShotPlannerMixin(ExperimentPlanner):
     The planner reads the fingerprint in which no label but the atlases' is counted, divides its memory target among
     student and teacher, copes with cases without label, and adds the ``oneshot`` block to the plans. Where the atlas
     shows a row of structures that look alike, such as vertebrae, and the patch of the 3D full resolution does not cover
-    it, the target spacing of 3D grows until it does: a network that sees part of the row cannot tell which part.
+    it, the target spacing of 3D grows until it does: a network that sees part of the row cannot tell which part. It
+    also grows until a patch covers ``least_share`` of an image, if that makes images much smaller.
 
     Args:
         dataset_name_or_id: Data set.
@@ -47,12 +49,14 @@ class OneShotPlannerMixin(ExperimentPlanner):
     Attributes:
         default_plans_name: Name of the plans.
         default_memory_target: GB.
+        least_share: Share of the median image that a 3D patch covers at least; 0 leaves it to nnU-Net.
         kept_block: Whether the existing plans' ``oneshot`` block was kept.
         notes: What was planned otherwise than nnU-Net would, and why; sentences for the user.
     """
 
     default_plans_name: ClassVar[str]
     default_memory_target: ClassVar[float]
+    least_share: ClassVar[float] = 0.0
 
     def __init__(
         self,
@@ -120,35 +124,45 @@ class OneShotPlannerMixin(ExperimentPlanner):
         return _SPARE * np.asarray(row["extent"], float)[self.determine_transpose()[0]]
 
     def plan_experiment(self) -> dict[str, Any]:
-        self._cover_row()
+        self._widen_view()
         return super().plan_experiment()
 
     def determine_fullres_target_spacing(self) -> np.ndarray:
-        """nnU-Net's, larger where a patch would not cover a row of structures that look alike."""
+        """nnU-Net's, larger where a patch would show too little."""
         return self._coarsening * np.asarray(super().determine_fullres_target_spacing(), float)
 
-    def _cover_row(self) -> None:
-        """Makes the target spacing of volumes coarser until a patch shows the whole row of the fingerprint."""
+    def _widen_view(self) -> None:
+        """Makes the target spacing of volumes coarser until a patch shows enough."""
         spacing = self.determine_fullres_target_spacing()
         is_flat = all(shape[0] == 1 for shape in self.dataset_fingerprint["shapes_after_crop"])
-        if self.row_extent is None or self.overwrite_target_spacing is not None or is_flat:
+        if self.overwrite_target_spacing is not None or is_flat:
             return
         known: dict = {}
         first = plan = self._plan_3d(spacing, known)
         factor = 1.0
-        while factor < _COARSEST and not self._covers_row(plan):
+        while factor < _COARSEST and not (self._covers_row(plan) and self._covers_share(plan)):
             factor *= _COARSER
             plan = self._plan_3d(factor * spacing, known)
-        if factor == 1:
+        # nnU-Net drops its low resolution too where it has more than half as many voxels.
+        if factor == 1 or (self._covers_row(first) and factor**3 < _MUCH_COARSER):
             return
         self._coarsening = factor
-        labels = ", ".join(map(str, self.dataset_fingerprint["oneshot"]["row"]["labels"]))
         before, after = ([int(edge) for edge in one["patch_size"]] for one in (first, plan))
         coarser, finer = (np.round(edges, 2).tolist() for edges in (factor * spacing, spacing))
+        if self._covers_row(first):
+            reason = (
+                f"a patch of {before} voxels shows less than {self.least_share:.0%} of an image, too little to learn "
+                f"from in a short training"
+            )
+        else:
+            labels = ", ".join(map(str, self.dataset_fingerprint["oneshot"]["row"]["labels"]))
+            reason = (
+                f"labels {labels} of the atlas look alike, and a patch of {before} voxels does not show all of them, "
+                f"so that a network could not tell them apart"
+            )
         self.notes.append(
-            f"Labels {labels} of the atlas look alike, and a patch of {before} voxels does not show all of them: a "
-            f"network could not tell them apart. The 3D target spacing is {coarser} mm instead of {finer} mm, with "
-            f"which a patch of {after} voxels does; -overwrite_target_spacing sets another."
+            f"the 3D target spacing is {coarser} mm with patches of {after} voxels instead of {finer} mm, since "
+            f"{reason}. -overwrite_target_spacing sets another."
         )
 
     def _plan_3d(self, spacing: np.ndarray, known: dict) -> dict[str, Any]:
@@ -165,9 +179,16 @@ class OneShotPlannerMixin(ExperimentPlanner):
 
     def _covers_row(self, plan: dict[str, Any]) -> bool:
         """Whether the patch of a 3D configuration shows the whole row, or the whole of the median image."""
+        extent = self.row_extent
+        if extent is None:
+            return True
         spacing, image = np.asarray(plan["spacing"]), np.asarray(plan["median_image_size_in_voxels"], float)
-        wanted = np.minimum(self.row_extent, image * spacing)
+        wanted = np.minimum(extent, image * spacing)
         return bool((np.asarray(plan["patch_size"]) * spacing >= wanted - 1e-6).all())
+
+    def _covers_share(self, plan: dict[str, Any]) -> bool:
+        voxels, patch = (np.prod(plan[name], dtype=float) for name in ("median_image_size_in_voxels", "patch_size"))
+        return bool(patch >= self.least_share * voxels)
 
     def get_plans_for_configuration(
         self,

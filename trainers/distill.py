@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, remove_teachers, saving_teacher
 from nnunet_oneshot.precision import autocast
-from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
+from nnunet_oneshot.registration.dataset.cache import FOLDER, GuidedRegistrations, RegistrationCache, kept_of
 from nnunet_oneshot.seeding import derive_seed, seed_everything
-from nnunet_oneshot.self_training.agreement import Agreement, pooled_dice
+from nnunet_oneshot.self_training.agreement import pooled_dice, trust_in
 from nnunet_oneshot.self_training.averaging import average_of
 from nnunet_oneshot.self_training.guide import StudentInTraining
 from nnunet_oneshot.self_training.posterior import posterior_target
@@ -35,9 +35,9 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
     """Reconstruction-guided distillation (arXiv 2408.03616).
 
     The teacher reconstructs the real patch; the student segments the synthetic patch aligned with it and is drawn
-    towards the teacher's features. At the shares of the training that the settings name as ``rounds`` its average
-    segments the unlabelled images, and the atlas is registered to them again, guided by these segmentations; from then
-    on the student also sees the real patches themselves, with the propagated labels corrected by their intensities.
+    towards the teacher's features. A share of the patches are the real ones themselves, with the propagated labels
+    corrected by their intensities. At the shares of the training that the settings name as ``rounds`` the student's
+    average segments unlabelled images, and the atlas is registered to them again, guided by these segmentations.
     The checkpoints hold the student alone; teacher and average lie in a file beside each until
     the training has ended.
 
@@ -61,7 +61,8 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._resumed_from: str | None = None
         self._prepared_round = 0
-        self._settled = 1.0
+        self._guides = True
+        self._step_of_epoch = 0
 
     def initialize(self) -> None:
         super().initialize()
@@ -80,10 +81,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     @property
     def real_share(self) -> float:
-        settings = self.config.distillation
-        if not settings.rounds:
-            return settings.real_share
-        return settings.real_share * self._settled if self._round else 0.0
+        return self.config.distillation.real_share
 
     @property
     def _is_complete(self) -> bool:
@@ -97,24 +95,45 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     def training_registrations(
         self, registrations: RegistrationCache, progress: OneShotDataLoader
-    ) -> RegistrationCache:
+    ) -> tuple[RegistrationCache | GuidedRegistrations, Sequence[str] | None]:
         """From the first round on those that the student guides; a resumed training asks the student again."""
         self._prepared_round = self._round
-        if self._round == 0 or self._is_complete:
-            return registrations
-        agreement = self._compare(progress)
-        self._settled = agreement.settled()
-        self._log_agreement(agreement)
+        if self._round == 0 or self._is_complete or not self._guides:
+            return registrations, None
+        trust = trust_in(self._compare(progress))
+        # A student that knows no label yet is asked again in the next round.
+        if not trust.any():
+            self.print_to_log_file("The student knows no label well enough yet to guide a registration.")
+            return registrations, None
         student = StudentInTraining(
             self.distiller.averaged.module,
             self.prepared,
             mirror_axes=self.inference_allowed_mirroring_axes,
             device=self.device,
             precision=self.config.precision,
-            trust=agreement.trust(),
+            trust=trust,
         )
-        folder = join(self.output_folder, FOLDER)
-        return self.registrar.register_again(self.roles.unlabelled, first=registrations, guide=student, folder=folder)
+        cases, folder = self._round_cases, join(self.output_folder, FOLDER)
+        guided = self.registrar.register_again(cases, first=registrations, guide=student, folder=folder)
+        pairs = [(atlas, case) for atlas in self.roles.atlases for case in cases if atlas != case]
+        chosen = kept_of(registrations, guided, pairs)
+        self._guides = bool(chosen.kept)
+        self.print_to_log_file(
+            f"Dice of the averaged student on held-out synthetic patches, its weight as a guide (0 below 0.5): "
+            f"{trust.tolist()}. {len(chosen.kept)} of {len(pairs)} registrations that it guided are kept, those in "
+            f"which images are about as alike as before." + ("" if self._guides else " There is no further round.")
+        )
+        return chosen, cases
+
+    @property
+    def _round_cases(self) -> list[str]:
+        """The unlabelled cases that rounds register again, the same in all of them."""
+        cases = self.roles.unlabelled
+        wanted = self.config.distillation.round_cases
+        if len(cases) <= wanted:
+            return list(cases)
+        drawn = np.random.default_rng(self.config.seed).choice(len(cases), wanted, replace=False)
+        return [cases[number] for number in sorted(drawn)]
 
     def on_train_start(self) -> None:
         if self._resumed_from is not None and not self._is_complete:
@@ -129,6 +148,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         if self._round != self._prepared_round:
             self._renew_loaders()
         super().on_train_epoch_start()
+        self._step_of_epoch = 0
         self.distiller.train()
         self.teacher_scheduler.step(self.current_epoch)
 
@@ -142,9 +162,11 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         target = self._corrected(target, real, batch["from_real"])
         self.optimizer.zero_grad(set_to_none=True)
         self.teacher_optimizer.zero_grad(set_to_none=True)
-        reconstruction = torch.zeros(())
+        teaches = self.distiller.teaches and self._step_of_epoch % self.config.distillation.hint_interval == 0
+        self._step_of_epoch += 1
+        hint = reconstruction = torch.zeros((), device=self.device)
         teacher_features: list[torch.Tensor] = []
-        if self.distiller.teaches:
+        if teaches:
             with self._autocast():
                 reconstruction, teacher_features = self.distiller.reconstruct(real)
             # One network after the other where that can be, so that the activations of only one are held.
@@ -153,20 +175,27 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         with self._autocast():
             output, features = self._features(self._student(), data)
             segmentation = self.loss(output, target)
-            hint = self.distiller.hint(features, teacher_features, hint_weight=self._hint_weight())
+            if teaches:
+                hint = self.distiller.hint(features, teacher_features, hint_weight=self._hint_weight())
         total = segmentation + hint
-        if self.distiller.moves_teacher:
+        if teaches and self.distiller.moves_teacher:
             total = total + reconstruction
         self._scaled(total).backward()
         self._step((self.network, self.optimizer), (self.distiller, self.teacher_optimizer))
         if self.config.distillation.rounds:
             self.distiller.averaged.update_parameters(self._student())
-        losses = {"loss": segmentation, "hint": hint, "reconstruction": reconstruction}
+        losses = {"loss": segmentation}
+        if teaches:
+            losses.update(hint=hint, reconstruction=reconstruction)
         return {name: value.detach().cpu().numpy() for name, value in losses.items()}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        super().on_train_epoch_end(train_outputs)
-        hint, reconstruction = (np.mean([o[name] for o in train_outputs]) for name in ("hint", "reconstruction"))
+        # nnU-Net collates what all steps have.
+        super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        if not self.distiller.teaches:
+            return
+        taught = [output for output in train_outputs if "hint" in output]
+        hint, reconstruction = (np.mean([output[name] for output in taught]) for name in ("hint", "reconstruction"))
         self.print_to_log_file(
             f"hint {hint:.4f} (weight {self._hint_weight():.4f}), reconstruction {reconstruction:.4f}"
         )
@@ -213,39 +242,24 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 level[chosen] = part
         return result if isinstance(target, list) else result[0]
 
-    def _compare(self, progress: OneShotDataLoader) -> Agreement:
-        """Asks the averaged student for both images of the same patches; the same patches whenever it is asked.
+    def _compare(self, progress: OneShotDataLoader) -> np.ndarray:
+        """Dice of the averaged student on synthetic patches of held-out cases, (K,); the same whenever it is asked.
 
-        As many as `_COMPARED_VOXELS` make, within the bounds of `_COMPARED_PATCHES`.
+        As many patches as `_COMPARED_VOXELS` make, within the bounds of `_COMPARED_PATCHES`.
         """
         seed_everything(derive_seed(self.config.seed, 3))
         wanted = _COMPARED_VOXELS // int(np.prod(self.configuration_manager.patch_size))
         number = int(np.clip(wanted, *_COMPARED_PATCHES))
-        counts: dict[str, list[dict]] = {"data": [], "real": []}
+        counts = []
         network, self.network = self.network, self.distiller.averaged.module.eval()
         try:
             with torch.no_grad():
                 for _ in range(-(-number // self.batch_size)):
                     batch = next(progress)
-                    for name, found in counts.items():
-                        # nnU-Net's step clears ignored voxels of the target that it is given.
-                        target = copy.deepcopy(batch["target"])
-                        found.append(self.validation_step({"data": batch[name], "target": target}))
+                    counts.append(self.validation_step({name: batch[name] for name in ("data", "target")}))
         finally:
             self.network = network
-        return Agreement(pooled_dice(counts["data"]), pooled_dice(counts["real"]))
-
-    def _log_agreement(self, agreement: Agreement) -> None:
-        synthetic, real, trust = (
-            np.round(values, 3).tolist() for values in (agreement.synthetic, agreement.real, agreement.trust())
-        )
-        cases = "held-out cases" if self.roles.held_out else "cases it is trained on, since none is held out"
-        self.print_to_log_file(
-            f"Dice of the averaged student with the warped labels on synthetic patches {synthetic}, on the real ones "
-            f"that they are aligned with, of {cases}, {real}. Trust in it as a guide: {trust}. They agree on "
-            f"{100 * agreement.settled():.0f} % of the labels: {100 * self.real_share:.0f} % of the patches show real "
-            f"images from now on."
-        )
+        return pooled_dice(counts)
 
     def _train_teacher(self) -> None:
         """Trains the teacher alone, on the real patches that the student's loader gives."""

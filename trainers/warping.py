@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_oneshot.data.parallel import default_processes
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.registration.dataset.cache import RegistrationCache
+from nnunet_oneshot.registration.dataset.cache import GuidedRegistrations, RegistrationCache
 from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
 from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader, PatchSettings, build_oneshot_loader
 from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
@@ -54,8 +55,7 @@ class WarpingTrainer(OneShotTrainer):
         )
         build = partial(build_oneshot_loader, self.prepared, atlases=self.roles.atlases)
         progress = build(registrations, cases=self.roles.progress, settings=settings, seed=seeds[1])
-        # Called before `real_share` is read, because the share may depend on it.
-        registrations = self.training_registrations(registrations, progress)
+        training_registrations, real_cases = self.training_registrations(registrations, progress)
         settings = replace(
             settings,
             initial_patch_size=initial_patch_size,
@@ -63,19 +63,28 @@ class WarpingTrainer(OneShotTrainer):
             real_share=self.real_share,
             augment=True,
         )
-        patches = build(registrations, cases=self.roles.unlabelled, settings=settings, seed=seeds[0])
+        patches = build(
+            training_registrations,
+            cases=self.roles.unlabelled,
+            settings=settings,
+            seed=seeds[0],
+            real_cases=real_cases,
+        )
         return patches, progress
 
     def training_registrations(
         self, registrations: RegistrationCache, progress: OneShotDataLoader
-    ) -> RegistrationCache:
-        """The registrations from which training patches are made.
+    ) -> tuple[RegistrationCache | GuidedRegistrations, Sequence[str] | None]:
+        """The registrations from which training patches are made, and the cases that are shown as they are.
 
         Args:
             registrations: Registrations of the dataset.
             progress: Loader of the patches on which progress is measured.
+
+        Returns:
+            Registrations of all unlabelled cases, and names of cases or None for all.
         """
-        return registrations
+        return registrations, None
 
     @property
     def registrar(self) -> DatasetRegistrar:

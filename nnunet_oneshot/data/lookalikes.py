@@ -78,7 +78,7 @@ def _are_copies(
     low = np.maximum(np.maximum(centre - reach, 0), -shift).round().astype(int)
     high = np.minimum(np.minimum(centre + reach + 1, shape), shape - shift).round().astype(int)
     here, there = (
-        image[(slice(None), *(slice(a, b) for a, b in zip(low + s, high + s, strict=True)))] for s in (0 * shift, shift)
+        image[:, a[0] : b[0], a[1] : b[1], a[2] : b[2]] for a, b in ((low, high), (low + shift, high + shift))
     )
     return _correlation(here, there) >= _SAME_SURROUNDINGS
 

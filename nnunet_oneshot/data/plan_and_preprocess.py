@@ -85,8 +85,8 @@ def plan_and_preprocess(
     log(f"{raw.name}: {len(raw.cases)} training cases, {len(raw.labelled)} of them labelled")
     for note in check_files(raw):
         log(f"Note: {note}")
-    if note := mixed_orders_note(raw.reoriented, reoriented=True):
-        log(f"Note: {note}")
+    if mixed := mixed_orders_note(raw.reoriented, reoriented=True):
+        log(f"Note: {mixed}")
     folder = preprocessed / raw.name
     default_name = planner_class.default_plans_name if planner_class else ""
     plans_file = folder / f"{options.plans_name or default_name}.json"

@@ -1,44 +1,30 @@
-"""Judges registered labels by a student's segmentations of synthetic and of real patches."""
+"""What of a student is trusted as a guide: the labels that it finds on patches whose labels are exact."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-_SETTLED = 0.5
+# A label that the student finds with a smaller Dice does not guide.
+_KNOWN = 0.5
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How well a student's segmentations match the warped label on aligned synthetic and real patches.
+def trust_in(synthetic: np.ndarray) -> np.ndarray:
+    """Weight of each label of a student as a guide for registration.
 
-    On a synthetic patch the warped label is exact, so only the student can be wrong. On the aligned real patch, the
-    registration can be wrong too.
+    On a synthetic patch the label is exact, so that only the student can be wrong. Whether it is right on the real
+    images too shows in the registrations that it guides, see `nnunet_oneshot.registration.pair.quality.is_kept`.
 
-    Attributes:
-        synthetic: Dice of each foreground label (or region) on synthetic patches, (K,), 0 to 1; not a number for a
-            label that is absent from all of them.
-        real: The same on the real patches.
+    Args:
+        synthetic: Dice of each foreground label (or region) on held-out synthetic patches, (K,), 0 to 1; not a number
+            for a label that is absent from all of them.
+
+    Returns:
+        (K,): that Dice, rounded to two decimals, or 0 where it is below 0.5.
     """
-
-    synthetic: np.ndarray
-    real: np.ndarray
-
-    def trust(self) -> np.ndarray:
-        """Weight of each label of the student as a guide for registration, (K,), 0 to 1.
-
-        The share of the disagreement on real patches that the student's own errors, measured on synthetic patches, do
-        not explain: ``(synthetic - real) / (1 - real)``, rounded to two decimals.
-        """
-        gap = (self.synthetic - self.real) / np.maximum(1 - self.real, 1e-6)
-        return np.round(np.clip(np.nan_to_num(gap), 0, 1), 2)
-
-    def settled(self) -> float:
-        """Share of the labels with a Dice between student and registration of at least 0.5, 0 to 1."""
-        shown = self.real[~np.isnan(self.real)]
-        return float(np.mean(shown >= _SETTLED)) if len(shown) else 0.0
+    known = np.nan_to_num(synthetic)
+    return np.round(np.where(known >= _KNOWN, known, 0.0), 2)
 
 
 def pooled_dice(counts: Sequence[dict[str, np.ndarray]]) -> np.ndarray:

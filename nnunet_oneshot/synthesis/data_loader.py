@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from nnunet_oneshot.config import SynthesisConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.preprocessed import open_image
-from nnunet_oneshot.registration.dataset.cache import RegistrationCache
+from nnunet_oneshot.registration.dataset.cache import GuidedRegistrations, RegistrationCache
 from nnunet_oneshot.registration.pair.quality import draw_weights
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.seeding import derive_seed
@@ -78,6 +78,7 @@ class OneShotDataLoader(nnUNetDataLoader):
         label_manager: LabelManager,
         settings: PatchSettings,
         seed: int,
+        real_cases: Sequence[str] | None = None,
     ) -> None:
         spatial, remaining = split_spatial(settings.transforms)
         super().__init__(
@@ -97,6 +98,10 @@ class OneShotDataLoader(nnUNetDataLoader):
         self.pairs = sorted(registrations)
         self.flows = Flows(list(registrations.values()))
         self.pair_weights = draw_weights([registrations[pair] for pair in self.pairs])
+        shown = [real_cases is None or case in real_cases for _, case in self.pairs]
+        # Where none of these cases may be drawn, any may.
+        weights = self.pair_weights * shown
+        self.real_weights = weights if weights.any() else self.pair_weights
 
     def set_thread_id(self, thread_id: int) -> None:
         """Called by batchgenerators in each worker; seeds torch there, which batchgenerators does not."""
@@ -112,13 +117,14 @@ class OneShotDataLoader(nnUNetDataLoader):
             float32 aligned with ``data``, ``from_real`` (B,) bool, whether ``data`` shows the real image, ``keys`` (the
             unlabelled cases) and ``atlases``.
         """
-        probabilities = self.pair_weights / self.pair_weights.sum()
-        numbers = np.random.choice(len(self.pairs), (self.batch_size,), p=probabilities)
-        drawn = [self.pairs[number] for number in numbers]
-        samples = []
+        drawn, samples = [], []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
-            for index, (atlas, case) in enumerate(drawn):
-                samples.append(self._sample(atlas, case, self.get_do_oversample(index)))
+            for index in range(self.batch_size):
+                from_real = self._draw_source()
+                weights = self.real_weights if from_real else self.pair_weights
+                pair = self.pairs[np.random.choice(len(self.pairs), p=weights / weights.sum())]
+                drawn.append(pair)
+                samples.append(self._sample(*pair, self.get_do_oversample(index), from_real))
         segs = [sample["segmentation"] for sample in samples]
         return {
             "data": torch.stack([sample["image"].float() for sample in samples]),
@@ -131,12 +137,14 @@ class OneShotDataLoader(nnUNetDataLoader):
             "atlases": [atlas for atlas, _ in drawn],
         }
 
-    def _sample(self, atlas_name: str, case: str, foreground: bool) -> dict:
-        atlas, registration = self.atlases[atlas_name], self.registrations[atlas_name, case]
+    def _draw_source(self) -> bool:
+        """Whether the next sample shows the real image."""
         # Draws only if there is a choice, so that trainers with a single source use the same random numbers.
         real_share = self.settings.real_share
-        mixed = 0 < real_share < 1
-        from_real = np.random.uniform() < real_share if mixed else real_share == 1
+        return np.random.uniform() < real_share if 0 < real_share < 1 else real_share == 1
+
+    def _sample(self, atlas_name: str, case: str, foreground: bool, from_real: bool) -> dict:
+        atlas, registration = self.atlases[atlas_name], self.registrations[atlas_name, case]
         augment = self.settings.augment and not from_real
         deformation = draw_deformation(
             registration, lambda: self._other(atlas_name), self.settings.synthesis, augment=augment, flows=self.flows
@@ -178,12 +186,13 @@ class OneShotDataLoader(nnUNetDataLoader):
 
 def build_oneshot_loader(
     prepared: PreparedDataset,
-    registrations: RegistrationCache,
+    registrations: RegistrationCache | GuidedRegistrations,
     *,
     atlases: Sequence[str],
     cases: Sequence[str],
     settings: PatchSettings,
     seed: int,
+    real_cases: Sequence[str] | None = None,
 ) -> OneShotDataLoader:
     """Loads atlases and registrations into memory and builds the loader.
 
@@ -194,6 +203,7 @@ def build_oneshot_loader(
         cases: Unlabelled cases; only their images are read.
         settings: Settings for the patches.
         seed: Seed of torch in the worker processes.
+        real_cases: Those of the cases that are shown as they are; None are all.
     """
     loaded = {
         name: Atlas(
@@ -211,6 +221,7 @@ def build_oneshot_loader(
         label_manager=prepared.label_manager,
         settings=settings,
         seed=seed,
+        real_cases=real_cases,
     )
 
 

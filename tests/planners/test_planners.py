@@ -140,7 +140,7 @@ def test_patch_covers_a_row_of_structures_that_look_alike(dataset, planner):
     assert planned["3d_fullres"]["spacing"][0] < 2 * spacing[0]
     assert planned["2d"]["spacing"] == pytest.approx(plain["2d"]["spacing"])
     assert planned["2d"]["patch_size"] == plain["2d"]["patch_size"]
-    assert len(made.notes) == 1 and "Labels 1, 2, 3 of the atlas look alike" in made.notes[0]
+    assert len(made.notes) == 1 and "labels 1, 2, 3 of the atlas look alike" in made.notes[0]
 
 
 def test_spacing_that_the_user_names_is_kept_and_a_row_that_fits_changes_nothing(dataset):

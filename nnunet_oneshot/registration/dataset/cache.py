@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.registration.pair.quality import is_kept
 from nnunet_oneshot.registration.pair.registration import Registration
 
 FOLDER = "oneshot_registrations"
@@ -143,6 +145,33 @@ class RegistrationCache:
     def _checksum(self, atlas: str, case: str) -> str | None:
         path = self.path(atlas, case, ".npz")
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class GuidedRegistrations:
+    """Registrations of which some have been made again, guided by a student.
+
+    Attributes:
+        first: All pairs, by images alone.
+        guided: The pairs that were registered again.
+        kept: Those of them that take the place of the first.
+    """
+
+    first: RegistrationCache
+    guided: RegistrationCache
+    kept: frozenset[tuple[str, str]]
+
+    def load(self, atlas: str, case: str) -> Registration:
+        """Reads a pair; see `RegistrationCache.load`."""
+        return (self.guided if (atlas, case) in self.kept else self.first).load(atlas, case)
+
+
+def kept_of(
+    first: RegistrationCache, guided: RegistrationCache, pairs: Iterable[tuple[str, str]]
+) -> GuidedRegistrations:
+    """Keeps the guided registrations of those pairs (atlas, case) for which `is_kept` holds."""
+    kept = frozenset(pair for pair in pairs if is_kept(first.quality(*pair), guided.quality(*pair)))
+    return GuidedRegistrations(first, guided, kept)
 
 
 def _is_complete(record: Any) -> bool:

@@ -16,6 +16,9 @@ _AMBIGUOUS = 0.03
 # How often an ambiguous pair is drawn, compared with the others.
 _AMBIGUOUS_WEIGHT = 0.5
 
+# A guided registration is kept if images are at least this many times as alike as without the guide.
+_KEPT = 0.95
+
 
 def telling_similarity(quality: Mapping[str, Any]) -> float:
     """The similarity after registration that best predicts label quality: around the labels, if available."""
@@ -46,6 +49,19 @@ def outlier_scores(registrations: Sequence[Registration]) -> np.ndarray:
 def is_ambiguous(quality: Mapping[str, Any]) -> bool:
     """Whether images alone hardly tell the affine map from one that leads elsewhere, such as a vertebra further."""
     return quality.get("rival_margin", 1.0) < _AMBIGUOUS
+
+
+def is_kept(first: Mapping[str, Any], guided: Mapping[str, Any]) -> bool:
+    """Whether a registration that a student guided takes the place of the first: if images are about as alike.
+
+    A guide that knows the structures moves borders by a voxel or two, which changes the similarity little. One that is
+    wrong pulls them onto others.
+
+    Args:
+        first: Quality of the registration by images alone.
+        guided: Quality of the guided one.
+    """
+    return telling_similarity(guided) >= _KEPT * telling_similarity(first)
 
 
 def draw_weights(registrations: Sequence[Registration]) -> np.ndarray:

@@ -44,13 +44,14 @@ def registration(case, quality=0.5):
     return Registration("a", case, np.eye(4), velocity.numpy(), SHAPE, SHAPE, {"similarity_after": quality})
 
 
-def loader(real_share=0.0, *, augment=True, transforms=(), batch_size=2, **synthesis):
+def loader(real_share=0.0, *, augment=True, transforms=(), batch_size=2, real_cases=None, **synthesis):
     seg = np.digitize(smooth(0), (0.0, 0.6)).astype(np.int16)
     places = {label: np.argwhere(seg == label) for label in (1, 2)}
     return OneShotDataLoader(
         Images(),
         {"a": Atlas(torch.from_numpy(smooth(0)), torch.from_numpy(seg), places)},
         {("a", case): registration(case) for case in CASES},
+        real_cases=real_cases,
         label_manager=LabelManager({"background": 0, "low": 1, "high": 2}, None),
         settings=PatchSettings(
             batch_size=batch_size,
@@ -125,3 +126,14 @@ def test_a_pair_of_weight_zero_is_never_drawn():
     np.random.seed(0)
     found = own.generate_train_batch()
     assert set(found["keys"]) == {"c0", "c2"}
+
+
+@pytest.mark.parametrize(("real_cases", "shown"), [(["c1"], {"c1"}), (None, set(CASES)), ([], set(CASES))])
+def test_real_images_are_those_of_the_cases_that_may_be_shown(real_cases, shown):
+    own = loader(0.5, batch_size=60, real_cases=real_cases)
+    np.random.seed(0)
+    found = own.generate_train_batch()
+    drawn = {True: set(), False: set()}
+    for case, real in zip(found["keys"], found["from_real"].tolist(), strict=True):
+        drawn[real].add(case)
+    assert drawn == {True: shown, False: set(CASES)}

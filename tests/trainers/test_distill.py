@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.self_training.agreement import Agreement
+from nnunet_oneshot.registration.dataset.cache import GuidedRegistrations
 
 NAME = "OneShotDistillTrainer_5epochs"
 
@@ -45,6 +45,7 @@ def gradients_of_a_step(trainer, batch, **settings):
     trainer.distiller.config = replace(trainer.distiller.config, **settings)
     for optimizer in (trainer.optimizer, trainer.teacher_optimizer):
         optimizer.step = lambda: None
+    trainer._step_of_epoch = 0
     trainer.train_step(batch)
     student, teacher = (
         torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
@@ -148,12 +149,29 @@ def test_a_teacher_that_nobody_hears_is_not_trained(prepare, make_trainer, stubs
     losses = trainer.train_step(next(trainer.get_dataloaders()[0]))
     after = copies(trainer.network, trainer.distiller.teacher)
     assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
-    assert losses["hint"] == losses["reconstruction"] == 0 < losses["loss"]
+    assert set(losses) == {"loss"} and losses["loss"] > 0
+
+
+def test_teacher_and_hint_take_part_in_one_of_so_many_steps(prepare, make_trainer, stubs):
+    trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(hint_interval=3))
+    trainer.initialize()
+    trainer.on_train_epoch_start()
+    loader = trainer.get_dataloaders()[0]
+    moved = []
+    for _ in range(7):
+        before = copies(trainer.distiller.teacher)[0]
+        losses = trainer.train_step(next(loader))
+        moved.append(not torch.equal(before, copies(trainer.distiller.teacher)[0]))
+        assert ("hint" in losses) == ("reconstruction" in losses) == moved[-1]
+    assert moved == [True, False, False, True, False, False, True]
 
 
 def test_teacher_learns_to_reconstruct(trainer):
     batch = next(trainer.get_dataloaders()[0])
-    values = [float(trainer.train_step(batch)["reconstruction"]) for _ in range(12)]
+    values = []
+    for _ in range(12):
+        trainer._step_of_epoch = 0
+        values.append(float(trainer.train_step(batch)["reconstruction"]))
     assert values[-1] < 0.7 * values[0]
 
 
@@ -161,24 +179,39 @@ def state(trainer):
     return {name: value.clone() for name, value in trainer.distiller.averaged.module.state_dict().items()}
 
 
+def keeping(monkeypatch, numbers):
+    """Lets rounds keep so many guided registrations, one number a round."""
+    wanted = iter(numbers)
+
+    def kept_of(first, guided, pairs):
+        return GuidedRegistrations(first, guided, frozenset(sorted(pairs)[: next(wanted)]))
+
+    monkeypatch.setattr("nnunet_oneshot.trainers.distill.kept_of", kept_of)
+
+
 def test_student_guides_the_registrations_from_the_first_round_on(prepare, make_trainer, short, stubs, monkeypatch):
     built, registered = stubs
-    settings = {"real_share": 0.5, "rounds": [0.4, 0.7]}
+    settings = {"real_share": 0.5, "rounds": [0.4, 0.7], "round_cases": 2}
     trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(settings))
-    answers = iter([Agreement(np.array([0.9, 0.8]), real) for real in (np.array([0.6, 0.2]), np.array([0.7, 0.8]))])
+    answers = iter([np.array([0.9, 0.3]), np.array([0.7, 0.8])])
     monkeypatch.setattr(trainer, "_compare", lambda progress: next(answers))
+    keeping(monkeypatch, [1, 2])
     weights = []
     original = trainer.on_train_epoch_start
     monkeypatch.setattr(trainer, "on_train_epoch_start", lambda: weights.append(state(trainer)) or original())
     trainer.run_training()
     progress, training = built[::2], built[1::2]
-    assert [loader.arguments["real_share"] for loader in training] == [0.0, 0.25, 0.5]
-    assert [loader.arguments["registrations"] for loader in training] == [None, "guided", "guided"]
+    assert [loader.arguments["real_share"] for loader in training] == [0.5] * 3
+    first, *later = (loader.arguments["registrations"] for loader in training)
+    assert first is None and [(chosen.guided, len(chosen.kept)) for chosen in later] == [("guided", 1), ("guided", 2)]
     assert [loader.arguments["registrations"] for loader in progress] == [None] * 3
     assert len({loader.arguments["seed"] for loader in training}) == 3
     rounds = [arguments for arguments in registered if "guide" in arguments]
-    assert [arguments["cases"] for arguments in rounds] == [trainer.roles.unlabelled] * 2
-    for epoch, trust, arguments in zip((2, 4), ([0.75, 0.75], [0.67, 0]), rounds, strict=True):
+    cases = rounds[0]["cases"]
+    assert len(cases) == 2 and set(cases) <= set(trainer.roles.unlabelled)
+    assert [arguments["cases"] for arguments in rounds] == [cases] * 2
+    assert [loader.arguments["real_cases"] for loader in training] == [None, cases, cases]
+    for epoch, trust, arguments in zip((2, 4), ([0.9, 0.0], [0.7, 0.8]), rounds, strict=True):
         first, guide, folder = (arguments[name] for name in ("first", "guide", "folder"))
         assert guide.trust == pytest.approx(trust)
         assert first is None
@@ -191,17 +224,41 @@ def test_student_guides_the_registrations_from_the_first_round_on(prepare, make_
         assert all(torch.equal(values[name], value) for name, value in weights[epoch].items())
 
 
-def test_the_averaged_student_is_compared_on_both_images_of_the_same_patches(trainer):
+def test_a_round_that_improves_nothing_is_not_repeated(prepare, make_trainer, short, stubs, monkeypatch):
+    built, registered = stubs
+    settings = {"rounds": [0.4, 0.7]}
+    trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(settings))
+    monkeypatch.setattr(trainer, "_compare", lambda progress: np.array([0.9, 0.9]))
+    keeping(monkeypatch, [0])
+    trainer.run_training()
+    assert len([arguments for arguments in registered if "guide" in arguments]) == 1
+    log = Path(trainer.log_file).read_text()
+    assert "0 of " in log and "There is no further round." in log
+
+
+def test_a_student_that_knows_no_label_guides_nothing_and_is_asked_again(
+    prepare, make_trainer, short, stubs, monkeypatch
+):
+    built, registered = stubs
+    settings = {"rounds": [0.4, 0.7]}
+    trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(settings))
+    answers = iter([np.array([0.4, np.nan]), np.array([0.6, 0.1])])
+    monkeypatch.setattr(trainer, "_compare", lambda progress: next(answers))
+    keeping(monkeypatch, [1])
+    trainer.run_training()
+    assert len([arguments for arguments in registered if "guide" in arguments]) == 1
+    assert "knows no label well enough yet" in Path(trainer.log_file).read_text()
+
+
+def test_the_averaged_student_is_asked_for_synthetic_patches(trainer):
     loader, progress = (loader.data_loader for loader in trainer.get_dataloaders())
     network, averaged, seen = trainer.network, trainer.distiller.averaged.module, []
     averaged.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    first = trainer._compare(progress)
+    found = trainer._compare(progress)
     assert trainer.network is network
-    assert len(seen) >= 100
-    assert all(torch.equal(real, data.flip(2)) for data, real in zip(seen[::2], seen[1::2], strict=True))
-    for found in (first.synthetic, first.real):
-        assert found.shape == (2,)
-        assert ((found >= 0) & (found <= 1)).all()
+    assert sum(len(images) for images in seen) >= 100
+    assert found.shape == (2,)
+    assert ((found >= 0) & (found <= 1)).all()
 
 
 def test_of_large_patches_fewer_are_compared(trainer, monkeypatch):
@@ -210,14 +267,14 @@ def test_of_large_patches_fewer_are_compared(trainer, monkeypatch):
     trainer.distiller.averaged.module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     monkeypatch.setattr("nnunet_oneshot.trainers.distill._COMPARED_VOXELS", 1)
     trainer._compare(progress)
-    assert 2 * 20 <= sum(seen) < 2 * (20 + trainer.batch_size)
+    assert 20 <= sum(seen) < 20 + trainer.batch_size
 
 
 def test_a_training_resumed_after_a_round_asks_the_student_again(prepare, make_trainer, short, stubs, monkeypatch):
     from nnunet_oneshot.trainers.distill import OneShotDistillTrainer
 
-    settled = Agreement(np.array([0.9, 0.9]), np.array([0.8, 0.8]))
-    monkeypatch.setattr(OneShotDistillTrainer, "_compare", lambda self, progress: settled)
+    monkeypatch.setattr(OneShotDistillTrainer, "_compare", lambda self, progress: np.array([0.9, 0.9]))
+    keeping(monkeypatch, [1])
     built, registered = stubs
     dataset = prepare()
     first = make_trainer(dataset, NAME)
@@ -228,7 +285,7 @@ def test_a_training_resumed_after_a_round_asks_the_student_again(prepare, make_t
     second.load_checkpoint(latest(first))
     second.on_train_start()
     assert second.current_epoch == 3
-    assert built[1].arguments["registrations"] == "guided"
+    assert built[1].arguments["registrations"].guided == "guided"
     assert built[1].arguments["real_share"] > 0
     second.on_train_epoch_start()
     assert len(built) == 2
@@ -269,6 +326,7 @@ def test_resume_restores_student_teacher_and_optimisers(prepare, make_trainer, s
     first.on_train_start()
     first.on_train_epoch_start()
     for _ in range(2):
+        first._step_of_epoch = 0
         first.train_step(next(first.dataloader_train))
     first.save_checkpoint(latest(first))
     second = make_trainer(dataset, NAME, resume=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.registration.dataset.cache import RegistrationCache, packed, unpacked
+from nnunet_oneshot.registration.dataset.cache import RegistrationCache, kept_of, packed, unpacked
 from nnunet_oneshot.registration.pair.registration import Registration
 
 
@@ -74,3 +74,17 @@ def test_arrays_that_do_not_fit_their_record_are_named(cache):
     assert cache.state("atlas", "case", "made so") == "damaged"
     with pytest.raises(OneShotError, match=r"case\.npz is missing or damaged"):
         cache.load("atlas", "case")
+
+
+def test_of_two_registrations_the_guided_one_counts_where_it_is_kept(tmp_path):
+    first, guided = RegistrationCache(tmp_path / "first"), RegistrationCache(tmp_path / "guided")
+    for cache, similarities in ((first, (0.5, 0.5, 0.5)), (guided, (0.49, 0.3))):
+        for case, similarity in zip("abc", similarities, strict=False):
+            velocity = np.full((3, 2, 2, 2), similarity, np.float32)
+            pair = Registration(
+                "atlas", case, np.eye(4), velocity, (4,) * 3, (4,) * 3, {"similarity_after": similarity}
+            )
+            cache.save(pair, key="made so", sources={}, parameters={}, versions={})
+    chosen = kept_of(first, guided, [("atlas", "a"), ("atlas", "b")])
+    assert chosen.kept == {("atlas", "a")}
+    assert [chosen.load("atlas", case).quality["similarity_after"] for case in "abc"] == [0.49, 0.5, 0.5]

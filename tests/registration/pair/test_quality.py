@@ -2,7 +2,13 @@
 
 import numpy as np
 
-from nnunet_oneshot.registration.pair.quality import draw_weights, is_ambiguous, outlier_scores, telling_similarity
+from nnunet_oneshot.registration.pair.quality import (
+    draw_weights,
+    is_ambiguous,
+    is_kept,
+    outlier_scores,
+    telling_similarity,
+)
 from nnunet_oneshot.registration.pair.registration import Registration
 
 
@@ -40,3 +46,11 @@ def test_an_ambiguous_pair_is_drawn_less_but_still_drawn():
     pairs = [pair(0.70, rival_margin=0.2), pair(0.71, rival_margin=0.01), pair(0.69)]
     assert draw_weights(pairs).tolist() == [1, 0.5, 1]
     assert [is_ambiguous(one.quality) for one in pairs] == [False, True, False]
+
+
+def test_a_guided_registration_is_kept_where_images_stay_about_as_alike():
+    first = {"similarity_after": 0.9, "similarity_at_labels": 0.6}
+    kept = [is_kept(first, {"similarity_after": 0.5, "similarity_at_labels": s}) for s in (0.7, 0.58, 0.56, 0.3)]
+    assert kept == [True, True, False, False]
+    # Without a figure for the labels, that of the whole image counts.
+    assert [is_kept({"similarity_after": 0.6}, {"similarity_after": s}) for s in (0.58, 0.5)] == [True, False]

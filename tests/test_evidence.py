@@ -24,7 +24,7 @@ NO_CLAIMS = (
     r"\b\d+\.\d+\.\d+\b",  # versions
     r"Python 3\.\d+|Apache-2\.0",  # versions
     r"95 % (bootstrap )?(confidence )?intervals?",  # the kind of interval
-    r"20, 40, 60 and 80 %",  # when the rounds take place, a default
+    r"30 and 60 %",  # when the rounds take place, a default
     r"3\.5 robust standard deviations",  # the bound of the flag, a default
     r"0\.001, and 0\.003 in the CPU preset",  # the learning rate, a default
     r"Dice of at least 0\.3, and 0\.1 above",  # the rule by which axes are mirrored

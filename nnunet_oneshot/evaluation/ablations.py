@@ -37,7 +37,14 @@ def _distillation(name: str, meaning: str, **settings: Any) -> None:
 
 
 _distillation("no-hint", "No hint; no teacher is trained.", hint="none")
-_distillation("paper-hint", "The paper's hint at its weight: one cosine a level.", hint="global", hint_weight=1)
+_distillation("hint-in-every-step", "Teacher and hint take part in every step.", hint_interval=1)
+_distillation(
+    "paper-hint",
+    "The paper's hint at its weight and in every step: one cosine a level.",
+    hint="global",
+    hint_weight=1,
+    hint_interval=1,
+)
 _distillation("raw-hint", "The hint for each voxel, without projection of the student's features.", hint="voxel_raw")
 _distillation("one-level", "The hint at full resolution alone.", levels=1)
 _distillation("hint-moves-teacher", "The hint moves the teacher and leaves the student alone.", detach="student")
@@ -48,18 +55,21 @@ _distillation(
 _distillation("no-warm-up", "The hint has its full weight from the start.", warmup_epochs=0)
 _distillation("masked-teacher", "Half of the teacher's input is masked.", corruption=0.5)
 _distillation("no-reconstruction", "The teacher learns nothing.", reconstruction_weight=0)
-_distillation("fewer-real-patches", "About half as many real patches as by default.", real_share=0.35)
-_distillation("no-real-patches", "Synthetic patches alone; rounds register them again.", real_share=0)
-_distillation("no-rounds", "Real patches from the start, labelled by the first registration.", rounds=[])
+_distillation("fewer-real-patches", "Half as many real patches as by default.", real_share=0.25)
+_distillation("more-real-patches", "Three of four patches are real.", real_share=0.75)
+_distillation("no-real-patches", "Synthetic patches alone; rounds register their atlas again.", real_share=0)
+_distillation("no-rounds", "The first registrations to the end.", rounds=[])
 _distillation(
     "paper",
     "The paper's regime: its hint at its weight, synthetic patches alone, no rounds.",
     hint="global",
     hint_weight=1,
+    hint_interval=1,
     real_share=0,
     rounds=[],
 )
 _distillation("one-round", "One round, half-way.", rounds=[0.5])
+_distillation("four-rounds", "Four rounds.", rounds=[0.2, 0.4, 0.6, 0.8])
 _distillation("stronger-guide", "The guide of the rounds has twice the weight.", guide_weight=4)
 _distillation("no-correction", "Real patches have the labels that registration carries to them.", posterior_strength=0)
 _ablation("no-appearance", "No transfer of appearance from real images.", synthesis={"p_appearance": 0})

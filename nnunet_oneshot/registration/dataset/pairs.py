@@ -23,6 +23,7 @@ from nnunet_oneshot.registration.dataset.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset.network_store import Predictor, load_predictor
 from nnunet_oneshot.registration.dataset.pictures import draw_registration
 from nnunet_oneshot.registration.dataset.sources import Source
+from nnunet_oneshot.registration.pair.quality import is_ambiguous
 from nnunet_oneshot.registration.pair.registrar import Aligned, AtlasRegistrar
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.self_training.guide import SegmentingGuide
@@ -113,7 +114,18 @@ class PairWork:
             registrar = self.registrar(pair.atlas)
             initial = self.prepared.alignment(pair.case, pair.atlas, image.shape[1:], registrar.atlas_shape)
             known = None if self.first is None else self.first.load(pair.atlas, pair.case)
-            return registrar.align(image, self.prepared.spacing(pair.case), initial=initial, known=known)
+            spacing = self.prepared.spacing(pair.case)
+            if known is None or self.guide is None or not is_ambiguous(known.quality):
+                return registrar.align(image, spacing, initial=initial, known=known)
+            return registrar.realign(
+                image,
+                spacing,
+                known=known,
+                initial=initial,
+                atlas_maps=self.guide.atlas_maps(self._volumes(pair.atlas)[1]),
+                probabilities=self.guide.probabilities(self.prepared.image(pair.case)),
+                trust=self.guide.trust,
+            )
 
     def deform(
         self, batch: Sequence[Pair], aligned: Sequence[Aligned], shapes: Sequence[Sequence[int]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunet_oneshot.config import RegistrationConfig
-from nnunet_oneshot.registration.pair.affine import SAME_MAP, centre_alignment, register_affine
+from nnunet_oneshot.registration.pair.affine import SAME_MAP, AffineResult, centre_alignment, register_affine
 from nnunet_oneshot.registration.pair.fitting import refine_velocity
 from nnunet_oneshot.registration.pair.functional import (
     correlation_window,
@@ -50,7 +50,8 @@ class Aligned:
         affine: (D + 1, D + 1), case voxel -> atlas voxel.
         fixed: (1, C, *grid).
         mask: (1, 1, *grid).
-        start: Start that led to the affine map; ``"identity"`` means that no optimised map was used.
+        start: Start that led to the affine map; ``"identity"`` means that no optimised map was used, ``"labels"`` that a
+            student's labels chose it.
         rival_margin: Share by which images are less alike after a short registration from the best affine map that
             leads elsewhere; 1 where there is none.
         seconds: Time of the affine stage.
@@ -131,14 +132,57 @@ class AtlasRegistrar:
         else:
             centred = centre_alignment(image.shape[1:], self._atlas.shape[1:], edges, self._spacing)
             affine, start, margin = (centred if initial is None else initial), "identity", 1.0
+        return self._aligned(image, affine, start, margin, started)
+
+    def realign(
+        self,
+        case: np.ndarray,
+        spacing: Sequence[float],
+        *,
+        known: Registration,
+        initial: np.ndarray | None = None,
+        atlas_maps: np.ndarray,
+        probabilities: np.ndarray,
+        trust: np.ndarray | None = None,
+    ) -> Aligned:
+        """The affine stage of a pair whose images alone hardly tell where the atlas lies: labels decide.
+
+        Args:
+            case: (C, U, V, W).
+            spacing: 3 voxel edges of the case, mm.
+            known: The earlier registration of this pair.
+            initial: As for `align`.
+            atlas_maps: See `guide`.
+            probabilities: (K, U, V, W), see `guide`.
+            trust: See `guide`.
+
+        Returns:
+            Of the known map and those that the affine stage finds, the one with which the atlas's labels agree best
+            with the probabilities (mean soft Dice, weighted by the trust). Without any trust, the known one.
+        """
+        started = time.perf_counter()
+        image, edges = self._squeeze(case), self._axes(spacing)
+        if initial is not None and self.flat:
+            initial = initial[1:, 1:]
+        found = self._registered(image, edges, initial)
+        before = known.affine[1:, 1:] if self.flat else known.affine
+        maps = [before, found.matrix, *found.rivals]
+        margin = known.quality.get("rival_margin", 1.0)
+        starts = [known.quality["affine_start"], *["labels"] * (len(maps) - 1)]
+        candidates = [
+            self._aligned(image, affine, start, margin, started) for affine, start in zip(maps, starts, strict=True)
+        ]
+        guides = [self.guide(atlas_maps, [probabilities], [candidate], trust) for candidate in candidates]
+        still = torch.zeros((1, len(self.grid.shape), *self.grid.shape), device=self.device)
+        agreement = [float((guide.say * guide.dice_on(self.grid.shape)(still)[0]).sum()) for guide in guides]
+        return candidates[int(np.argmax(agreement))]
+
+    def _aligned(self, image: np.ndarray, affine: np.ndarray, start: str, margin: float, started: float) -> Aligned:
         fixed, mask = self.grid.fixed_image(image, affine)
         return Aligned(affine, fixed, mask, start, margin, time.perf_counter() - started)
 
-    def _optimised(
-        self, image: np.ndarray, edges: Sequence[float], initial: np.ndarray | None
-    ) -> tuple[np.ndarray, str, float]:
-        """The affine map, its start and the margin to its best rival; a trial decides between maps that are close."""
-        result = register_affine(
+    def _registered(self, image: np.ndarray, edges: Sequence[float], initial: np.ndarray | None) -> AffineResult:
+        return register_affine(
             image,
             self._atlas,
             fixed_spacing=edges,
@@ -147,6 +191,12 @@ class AtlasRegistrar:
             metric=SIMILARITIES[self.config.similarity].affine_metric,
             device=self.device,
         )
+
+    def _optimised(
+        self, image: np.ndarray, edges: Sequence[float], initial: np.ndarray | None
+    ) -> tuple[np.ndarray, str, float]:
+        """The affine map, its start and the margin to its best rival; a trial decides between maps that are close."""
+        result = self._registered(image, edges, initial)
         if not result.rivals:
             return result.matrix, result.start, 1.0
         maps = [result.matrix, *result.rivals]

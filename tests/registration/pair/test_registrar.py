@@ -11,7 +11,7 @@ from scipy.ndimage import affine_transform
 from tiny_volumes import blobs
 
 from nnunet_oneshot.config import RegistrationConfig
-from nnunet_oneshot.registration.pair.affine import centre_alignment, register_affine
+from nnunet_oneshot.registration.pair.affine import AffineResult, centre_alignment, register_affine
 from nnunet_oneshot.registration.pair.fitting import _Level
 from nnunet_oneshot.registration.pair.functional import (
     diffusion_energy,
@@ -23,6 +23,7 @@ from nnunet_oneshot.registration.pair.functional import (
 from nnunet_oneshot.registration.pair.grid import RegistrationGrid
 from nnunet_oneshot.registration.pair.quality import is_ambiguous
 from nnunet_oneshot.registration.pair.registrar import AtlasRegistrar, register_arrays
+from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.warp import atlas_coordinates, warp_atlas_to_case, warp_label_probabilities
 
 
@@ -352,6 +353,31 @@ def test_equal_rungs_are_called_ambiguous_and_an_end_tells_them_apart():
     spacing = {"atlas_spacing": (2, 2, 2), "case_spacing": (2, 2, 2)}
     assert is_ambiguous(register_arrays(endless[:, :112], endless[:, 6:118], **spacing).quality)
     assert not is_ambiguous(register_arrays(atlas, atlas.copy(), **spacing).quality)
+
+
+@pytest.mark.parametrize(("trust", "rung"), [([1.0], 2), ([0.0], 3)])
+def test_labels_decide_where_images_alone_hardly_tell_rungs_apart(trust, rung, monkeypatch):
+    """The known map leads to the next rung; a student finds the right one."""
+    atlas = blobs((48, 16, 16))
+    one_rung = np.eye(4)
+    one_rung[0, 3] = 12
+    found = AffineResult(one_rung, "centre", 0.0, 0.0, rivals=(np.eye(4),))
+    monkeypatch.setattr("nnunet_oneshot.registration.pair.registrar.register_affine", lambda *_, **__: found)
+    registrar = AtlasRegistrar("atlas", atlas, (1, 1, 1), config=RegistrationConfig(), device=torch.device("cpu"))
+    velocity, quality = np.zeros((3, 4, 4, 4), np.float32), {"affine_start": "centre", "rival_margin": 0.01}
+    known = Registration("atlas", "case", one_rung, velocity, (48, 16, 16), (48, 16, 16), quality)
+    label = np.zeros((1, 48, 16, 16), np.float32)
+    label[:, 24:32, 4:12, 4:12] = 1
+    chosen = registrar.realign(
+        atlas,
+        (1, 1, 1),
+        known=known,
+        atlas_maps=np.concatenate([label, np.ones_like(label)]),
+        probabilities=label,
+        trust=np.array(trust),
+    )
+    assert (chosen.affine[0, 3], chosen.start) == ((0, "labels") if rung == 2 else (12, "centre"))
+    assert chosen.rival_margin == 0.01
 
 
 def test_an_earlier_registration_passes_on_its_margin():

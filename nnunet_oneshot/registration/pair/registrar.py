@@ -50,8 +50,8 @@ class Aligned:
         affine: (D + 1, D + 1), case voxel -> atlas voxel.
         fixed: (1, C, *grid).
         mask: (1, 1, *grid).
-        start: Start that led to the affine map; ``"identity"`` means that no optimised map was used, ``"labels"`` that a
-            student's labels chose it.
+        start: Start that led to the affine map; ``"identity"`` means that no optimised map was used, ``"labels"`` that
+            a student's labels chose it.
         rival_margin: Share by which images are less alike after a short registration from the best affine map that
             leads elsewhere; 1 where there is none.
         seconds: Time of the affine stage.

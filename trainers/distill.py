@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,10 +101,10 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self._prepared_round = self._round
         if self._round == 0 or self._is_complete or not self._guides:
             return registrations, None
-        trust = trust_in(self._compare(progress))
+        trust = trust_in(*self._compare(progress))
         # A student that knows no label yet is asked again in the next round.
         if not trust.any():
-            self.print_to_log_file("The student knows no label well enough yet to guide a registration.")
+            self.print_to_log_file("The student and the registrations agree on no label well enough yet for a guide.")
             return registrations, None
         student = StudentInTraining(
             self.distiller.averaged.module,
@@ -118,10 +119,11 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         pairs = [(atlas, case) for atlas in self.roles.atlases for case in cases if atlas != case]
         chosen = kept_of(registrations, guided, pairs)
         self._guides = bool(chosen.kept)
+        ended = "" if self._guides else " There is no further round."
         self.print_to_log_file(
-            f"Dice of the averaged student on held-out synthetic patches, its weight as a guide (0 below 0.5): "
-            f"{trust.tolist()}. {len(chosen.kept)} of {len(pairs)} registrations that it guided are kept, those in "
-            f"which images are about as alike as before." + ("" if self._guides else " There is no further round.")
+            f"Weight of the averaged student's labels as a guide: {trust.tolist()}, its Dice on held-out synthetic or "
+            f"real patches, whichever is smaller (0 below 0.5). {len(chosen.kept)} of {len(pairs)} registrations that "
+            f"it guided are kept, those in which images are about as alike as before.{ended}"
         )
         return chosen, cases
 
@@ -242,24 +244,27 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 level[chosen] = part
         return result if isinstance(target, list) else result[0]
 
-    def _compare(self, progress: OneShotDataLoader) -> np.ndarray:
-        """Dice of the averaged student on synthetic patches of held-out cases, (K,); the same whenever it is asked.
+    def _compare(self, progress: OneShotDataLoader) -> tuple[np.ndarray, np.ndarray]:
+        """Dice of the averaged student with the warped labels on synthetic and on real patches of held-out cases, (K,).
 
-        As many patches as `_COMPARED_VOXELS` make, within the bounds of `_COMPARED_PATCHES`.
+        The same patches whenever it is asked: as many as `_COMPARED_VOXELS` make, within `_COMPARED_PATCHES`.
         """
         seed_everything(derive_seed(self.config.seed, 3))
         wanted = _COMPARED_VOXELS // int(np.prod(self.configuration_manager.patch_size))
         number = int(np.clip(wanted, *_COMPARED_PATCHES))
-        counts = []
+        counts: dict[str, list[dict]] = {"data": [], "real": []}
         network, self.network = self.network, self.distiller.averaged.module.eval()
         try:
             with torch.no_grad():
                 for _ in range(-(-number // self.batch_size)):
                     batch = next(progress)
-                    counts.append(self.validation_step({name: batch[name] for name in ("data", "target")}))
+                    for name, found in counts.items():
+                        # nnU-Net's step clears ignored voxels of the target that it is given.
+                        target = copy.deepcopy(batch["target"])
+                        found.append(self.validation_step({"data": batch[name], "target": target}))
         finally:
             self.network = network
-        return pooled_dice(counts)
+        return pooled_dice(counts["data"]), pooled_dice(counts["real"])
 
     def _train_teacher(self) -> None:
         """Trains the teacher alone, on the real patches that the student's loader gives."""

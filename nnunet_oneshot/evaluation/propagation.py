@@ -138,7 +138,7 @@ _Preprocessed = tuple[str, np.ndarray, dict[str, Any]]
 
 def _to_validation_cases(
     registrar: DatasetRegistrar, method: str, fold: Fold
-) -> tuple[_Propagator, Iterator[_Preprocessed]]:
+) -> tuple[Propagator, Iterator[_Preprocessed]]:
     """Propagation to the validation cases of a fold, whose registrations are cached."""
     prepared = registrar.prepared
     if not fold.validation:
@@ -148,12 +148,12 @@ def _to_validation_cases(
         )
     cached = registrar.register(fold.validation, fold=fold.number) if method in GUIDED_METHODS else None
     cases = ((case, prepared.image(case), prepared.properties(case)) for case in fold.validation)
-    return _Propagator(registrar, method, registrations=cached, files=_raw_files(prepared)), cases
+    return Propagator(registrar, method, registrations=cached, files=_raw_files(prepared)), cases
 
 
 def _to_images(
     registrar: DatasetRegistrar, method: str, fold: Fold, files: Mapping[str, Sequence[str]]
-) -> tuple[_Propagator, Iterator[_Preprocessed]]:
+) -> tuple[Propagator, Iterator[_Preprocessed]]:
     """Propagation to new images, which are registered pair by pair."""
     cases = _preprocessed_images(registrar.prepared, files)
     student = None
@@ -162,7 +162,7 @@ def _to_images(
         student = guided_by(settings, registrar.prepared, fold=fold.number, device=registrar.device)
         if student is not None:
             registrar.log(student.describe())
-    return _Propagator(registrar, method, student=student, files=files), cases
+    return Propagator(registrar, method, student=student, files=files), cases
 
 
 def _score(prepared: PreparedDataset, fold: Fold, out: Path, log: Callable[[str], None]) -> None:
@@ -173,7 +173,7 @@ def _score(prepared: PreparedDataset, fold: Fold, out: Path, log: Callable[[str]
     log(f"Mean Dice over {len(fold.scored)} validation cases: {mean:.4f} ({out / 'summary.json'})")
 
 
-class _Propagator:
+class Propagator:
     """Warps the labels of some atlases to one case after another.
 
     Args:

@@ -1,4 +1,4 @@
-"""What of a student is trusted as a guide: the labels that it finds on patches whose labels are exact."""
+"""Which labels of a student are trusted to guide registration."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A label that the student finds with a smaller Dice does not guide.
+# A label with a smaller Dice does not guide.
 _KNOWN = 0.5
 
 
-def trust_in(synthetic: np.ndarray) -> np.ndarray:
+def trust_in(synthetic: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Weight of each label of a student as a guide for registration.
 
-    On a synthetic patch the label is exact, so that only the student can be wrong. Whether it is right on the real
-    images too shows in the registrations that it guides, see `nnunet_oneshot.registration.pair.quality.is_kept`.
+    On a synthetic patch the label is exact, so that only the student can be wrong. On the real patch aligned with it,
+    student or registration can. A guide moves borders between the two; where they hardly meet, one of them is wrong
+    altogether, and nothing tells which. A label then has no weight.
 
     Args:
-        synthetic: Dice of each foreground label (or region) on held-out synthetic patches, (K,), 0 to 1; not a number
-            for a label that is absent from all of them.
+        synthetic: Dice of each foreground label (or region) of the student with the warped label on held-out synthetic
+            patches, (K,), 0 to 1; not a number for a label that is absent from all of them.
+        real: The same on the real patches.
 
     Returns:
-        (K,): that Dice, rounded to two decimals, or 0 where it is below 0.5.
+        (K,): the smaller of both, rounded to two decimals, or 0 where it is below 0.5.
     """
-    known = np.nan_to_num(synthetic)
+    known = np.nan_to_num(np.minimum(synthetic, real))
     return np.round(np.where(known >= _KNOWN, known, 0.0), 2)
 
 

@@ -193,7 +193,7 @@ def test_student_guides_the_registrations_from_the_first_round_on(prepare, make_
     built, registered = stubs
     settings = {"real_share": 0.5, "rounds": [0.4, 0.7], "round_cases": 2}
     trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(settings))
-    answers = iter([np.array([0.9, 0.3]), np.array([0.7, 0.8])])
+    answers = iter([(np.array([0.9, 0.3]), np.ones(2)), (np.ones(2), np.array([0.7, 0.8]))])
     monkeypatch.setattr(trainer, "_compare", lambda progress: next(answers))
     keeping(monkeypatch, [1, 2])
     weights = []
@@ -228,7 +228,7 @@ def test_a_round_that_improves_nothing_is_not_repeated(prepare, make_trainer, sh
     built, registered = stubs
     settings = {"rounds": [0.4, 0.7]}
     trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(settings))
-    monkeypatch.setattr(trainer, "_compare", lambda progress: np.array([0.9, 0.9]))
+    monkeypatch.setattr(trainer, "_compare", lambda progress: (np.array([0.9, 0.9]),) * 2)
     keeping(monkeypatch, [0])
     trainer.run_training()
     assert len([arguments for arguments in registered if "guide" in arguments]) == 1
@@ -242,23 +242,25 @@ def test_a_student_that_knows_no_label_guides_nothing_and_is_asked_again(
     built, registered = stubs
     settings = {"rounds": [0.4, 0.7]}
     trainer = make_trainer(prepare(), NAME, edit=lambda p: p["oneshot"]["distillation"].update(settings))
-    answers = iter([np.array([0.4, np.nan]), np.array([0.6, 0.1])])
+    answers = iter([(np.array([0.4, np.nan]),) * 2, (np.array([0.6, 0.1]),) * 2])
     monkeypatch.setattr(trainer, "_compare", lambda progress: next(answers))
     keeping(monkeypatch, [1])
     trainer.run_training()
     assert len([arguments for arguments in registered if "guide" in arguments]) == 1
-    assert "knows no label well enough yet" in Path(trainer.log_file).read_text()
+    assert "agree on no label well enough yet" in Path(trainer.log_file).read_text()
 
 
-def test_the_averaged_student_is_asked_for_synthetic_patches(trainer):
+def test_the_averaged_student_is_asked_for_both_images_of_the_same_patches(trainer):
     loader, progress = (loader.data_loader for loader in trainer.get_dataloaders())
     network, averaged, seen = trainer.network, trainer.distiller.averaged.module, []
     averaged.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    found = trainer._compare(progress)
+    results = trainer._compare(progress)
     assert trainer.network is network
-    assert sum(len(images) for images in seen) >= 100
-    assert found.shape == (2,)
-    assert ((found >= 0) & (found <= 1)).all()
+    assert len(seen) >= 100
+    assert all(torch.equal(real, data.flip(2)) for data, real in zip(seen[::2], seen[1::2], strict=True))
+    for found in results:
+        assert found.shape == (2,)
+        assert ((found >= 0) & (found <= 1)).all()
 
 
 def test_of_large_patches_fewer_are_compared(trainer, monkeypatch):
@@ -267,13 +269,13 @@ def test_of_large_patches_fewer_are_compared(trainer, monkeypatch):
     trainer.distiller.averaged.module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     monkeypatch.setattr("nnunet_oneshot.trainers.distill._COMPARED_VOXELS", 1)
     trainer._compare(progress)
-    assert 20 <= sum(seen) < 20 + trainer.batch_size
+    assert 2 * 20 <= sum(seen) < 2 * (20 + trainer.batch_size)
 
 
 def test_a_training_resumed_after_a_round_asks_the_student_again(prepare, make_trainer, short, stubs, monkeypatch):
     from nnunet_oneshot.trainers.distill import OneShotDistillTrainer
 
-    monkeypatch.setattr(OneShotDistillTrainer, "_compare", lambda self, progress: np.array([0.9, 0.9]))
+    monkeypatch.setattr(OneShotDistillTrainer, "_compare", lambda self, progress: (np.array([0.9, 0.9]),) * 2)
     keeping(monkeypatch, [1])
     built, registered = stubs
     dataset = prepare()

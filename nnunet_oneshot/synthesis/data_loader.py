@@ -19,7 +19,7 @@ from nnunet_oneshot.config import SynthesisConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.preprocessed import open_image
 from nnunet_oneshot.registration.dataset.cache import GuidedRegistrations, RegistrationCache
-from nnunet_oneshot.registration.pair.quality import draw_weights
+from nnunet_oneshot.registration.pair.quality import draw_weights, is_ambiguous
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.seeding import derive_seed
 from nnunet_oneshot.synthesis.sampler import (
@@ -98,8 +98,13 @@ class OneShotDataLoader(nnUNetDataLoader):
         self.pairs = sorted(registrations)
         self.flows = Flows(list(registrations.values()))
         self.pair_weights = draw_weights([registrations[pair] for pair in self.pairs])
-        shown = [real_cases is None or case in real_cases for _, case in self.pairs]
-        # Where none of these cases may be drawn, any may.
+        # A synthetic patch has the right labels wherever the registration led; a real one may have those of a
+        # neighbour.
+        shown = [
+            (real_cases is None or case in real_cases) and not is_ambiguous(registrations[atlas, case].quality)
+            for atlas, case in self.pairs
+        ]
+        # Where none of these pairs may be drawn, any may.
         weights = self.pair_weights * shown
         self.real_weights = weights if weights.any() else self.pair_weights
 
@@ -203,7 +208,7 @@ def build_oneshot_loader(
         cases: Unlabelled cases; only their images are read.
         settings: Settings for the patches.
         seed: Seed of torch in the worker processes.
-        real_cases: Those of the cases that are shown as they are; None are all.
+        real_cases: Those of the cases that are shown as they are; None are all. Pairs that are ambiguous are not.
     """
     loaded = {
         name: Atlas(

@@ -137,3 +137,18 @@ def test_real_images_are_those_of_the_cases_that_may_be_shown(real_cases, shown)
     for case, real in zip(found["keys"], found["from_real"].tolist(), strict=True):
         drawn[real].add(case)
     assert drawn == {True: shown, False: set(CASES)}
+
+
+def test_an_ambiguous_pair_is_not_shown_as_it_is(monkeypatch):
+    ambiguous = registration("c2")
+    ambiguous.quality["rival_margin"] = 0.01
+    plain = registration
+    monkeypatch.setitem(globals(), "registration", lambda case: ambiguous if case == "c2" else plain(case))
+    own = loader(0.5, batch_size=60)
+    np.random.seed(0)
+    found = own.generate_train_batch()
+    drawn = [
+        {c for c, real in zip(found["keys"], found["from_real"].tolist(), strict=True) if real == kind}
+        for kind in (True, False)
+    ]
+    assert drawn == [{"c0", "c1"}, set(CASES)]

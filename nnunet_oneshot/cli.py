@@ -270,7 +270,13 @@ def _add_plan_and_preprocess(subparsers: argparse._SubParsersAction) -> None:
     add("--no_pp", action="store_true", help="stop after planning")
     add("-gpu_memory_target", type=float, metavar="GB", help="GPU memory for the whole training")
     add("-overwrite_plans_name", metavar="NAME", help="name of the plans; default: the planner's")
-    add("-overwrite_target_spacing", nargs="+", type=float, metavar="MM", help="spacing of 3d_fullres; default: median")
+    add(
+        "-overwrite_target_spacing",
+        nargs="+",
+        type=float,
+        metavar="MM",
+        help="spacing of 3d_fullres; default: nnU-Net's, coarser where a patch would show too little",
+    )
     add("--verbose", action="store_true", help="print everything that nnU-Net's planner and preprocessor print")
     add("--no_pbar", action="store_true", help="show no progress bars")
     parser.set_defaults(run=_plan_and_preprocess)

@@ -34,7 +34,7 @@ class Speed:
 
     Attributes:
         trainer: Name of the trainer.
-        step: Median seconds of a training step, including transfers to the device.
+        step: Mean seconds of a training step (of which some may involve the teacher), including transfers to the device.
         wait: Mean seconds that the training waits for its next batch.
         memory: Peak memory of tensors on a GPU, MiB; None on other devices.
     """
@@ -91,7 +91,7 @@ def measure(
             if isinstance(loader, MultiThreadedAugmenter):
                 loader._finish()
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if is_cuda else None
-    return Speed(name, float(np.median(steps[warm_up:])), float(np.mean(waits[warm_up:])), memory)
+    return Speed(name, float(np.mean(steps[warm_up:])), float(np.mean(waits[warm_up:])), memory)
 
 
 def report(speeds: Sequence[Speed]) -> str:

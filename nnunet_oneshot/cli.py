@@ -275,7 +275,7 @@ def _add_plan_and_preprocess(subparsers: argparse._SubParsersAction) -> None:
         nargs="+",
         type=float,
         metavar="MM",
-        help="spacing of 3d_fullres; default: nnU-Net's, coarser where a patch would show too little",
+        help="spacing of 3d_fullres; default: nnU-Net's, or coarser for a wider view",
     )
     add("--verbose", action="store_true", help="print everything that nnU-Net's planner and preprocessor print")
     add("--no_pbar", action="store_true", help="show no progress bars")

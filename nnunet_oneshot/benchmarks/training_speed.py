@@ -34,7 +34,7 @@ class Speed:
 
     Attributes:
         trainer: Name of the trainer.
-        step: Mean seconds of a training step (of which some may involve the teacher), including transfers to the device.
+        step: Mean seconds of a training step, including transfers to the device. Not all steps involve a teacher.
         wait: Mean seconds that the training waits for its next batch.
         memory: Peak memory of tensors on a GPU, MiB; None on other devices.
     """

@@ -24,9 +24,11 @@ from nnunet_oneshot.io import load_json_checked, save_json_atomic
 NETWORKS = 2
 # A patch covers a row of structures that look alike with this much to spare, for longer bodies than the atlas's.
 _SPARE = 1.1
-# The target spacing grows in steps of this factor, at most to so many times what it was.
-_COARSER, _COARSEST = 1.05, 3.0
-_MUCH_COARSER = 2
+# The target spacing grows in steps of this factor, until an image has at most so many times fewer voxels.
+_COARSER, _COARSEST = 1.05, 27.0
+_MUCH_COARSER = 2.0
+# Axes with more than so many times finer voxels than the coarsest grow first, as in nnU-Net's low resolution.
+_ANISOTROPIC = 2.0
 
 
 class OneShotPlannerMixin(ExperimentPlanner):
@@ -83,7 +85,7 @@ class OneShotPlannerMixin(ExperimentPlanner):
         self.UNet_vram_target_GB /= NETWORKS
         self.kept_block = False
         self.notes: list[str] = []
-        self._coarsening = 1.0
+        self._coarsening = np.ones(3)
 
     def determine_reader_writer(self) -> type:
         """nnU-Net's reader for the first image; hidden files, which nnU-Net would try too, are no images."""
@@ -139,16 +141,18 @@ class OneShotPlannerMixin(ExperimentPlanner):
             return
         known: dict = {}
         first = plan = self._plan_3d(spacing, known)
-        factor = 1.0
-        while factor < _COARSEST and not (self._covers_row(plan) and self._covers_share(plan)):
-            factor *= _COARSER
-            plan = self._plan_3d(factor * spacing, known)
+        grown = spacing.copy()
+        while np.prod(grown / spacing) < _COARSEST and not (self._covers_row(plan) and self._covers_share(plan)):
+            finer = grown.max() / grown > _ANISOTROPIC
+            grown[finer if finer.any() else slice(None)] *= _COARSER
+            plan = self._plan_3d(grown, known)
+        fewer = float(np.prod(grown / spacing))
         # nnU-Net drops its low resolution too where it has more than half as many voxels.
-        if factor == 1 or (self._covers_row(first) and factor**3 < _MUCH_COARSER):
+        if fewer == 1 or (self._covers_row(first) and fewer < _MUCH_COARSER):
             return
-        self._coarsening = factor
+        self._coarsening = grown / spacing
         before, after = ([int(edge) for edge in one["patch_size"]] for one in (first, plan))
-        coarser, finer = (np.round(edges, 2).tolist() for edges in (factor * spacing, spacing))
+        coarser, finer = (np.round(edges, 2).tolist() for edges in (grown, spacing))
         if self._covers_row(first):
             reason = (
                 f"a patch of {before} voxels shows less than {self.least_share:.0%} of an image, too little to learn "
@@ -199,9 +203,10 @@ class OneShotPlannerMixin(ExperimentPlanner):
         _cache: dict,
     ) -> dict[str, Any]:
         """nnU-Net's configuration; slices keep their resolution where that of volumes is coarser."""
-        if len(spacing) == 2 and self._coarsening > 1:
-            spacing = np.asarray(spacing) / self._coarsening
-            median_shape = np.round(np.asarray(median_shape) * self._coarsening)
+        if len(spacing) == 2 and (self._coarsening > 1).any():
+            coarsening = self._coarsening[self.determine_transpose()[0]][1:]
+            spacing = np.asarray(spacing) / coarsening
+            median_shape = np.round(np.asarray(median_shape) * coarsening)
         return self.limited_configuration(spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache)
 
     def limited_configuration(self, *arguments: Any) -> dict[str, Any]:

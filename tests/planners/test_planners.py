@@ -121,7 +121,12 @@ def test_cpu_preset_limits_patches_batches_and_features(dataset, shape, spacing)
         assert (features[0], max(features) <= 64) == (8, True)
         if name == "3d_fullres":
             assert configuration["batch_size"] == 2
-            assert [int(size) for size in configuration["median_image_size_in_voxels"]] == list(shape)
+            planned = np.array(configuration["median_image_size_in_voxels"], float)
+            assert planned * configuration["spacing"] == pytest.approx(np.array(shape) * spacing, rel=0.05)
+            # A wider view takes the finer axes first, and only where images become much smaller.
+            assert np.prod(planned) == np.prod(shape) or np.prod(planned) <= 0.55 * np.prod(shape)
+            coarser = np.array(configuration["spacing"]) / np.array(spacing)
+            assert coarser[0] == pytest.approx(1) or max(spacing) < 2 * min(spacing)
 
 
 @pytest.mark.parametrize("planner", [OneShotCPUPlanner, OneShotPlanner])

@@ -41,28 +41,20 @@ class OneShotCPUPlanner(OneShotPlanner):
         # Networks with fewer features bear, and in short trainings need, larger steps.
         return dataclasses.replace(config, initial_lr=3e-3, registration=registration)
 
-    def limited_configuration(
-        self,
-        spacing: np.ndarray | tuple[float, ...] | list[float],
-        median_shape: np.ndarray | tuple[int, ...],
-        data_identifier: str,
-        approximate_n_voxels_dataset: float,
-        _cache: dict,
-    ) -> dict[str, Any]:
+    def limited_configuration(self, spacing: np.ndarray, median_shape: np.ndarray, *others: Any) -> dict[str, Any]:
         """nnU-Net's configuration for images no larger than the largest patch allowed here."""
         dimensions = len(spacing)
-        full_shape = np.asarray(median_shape, dtype=float)[:dimensions]
-        limit = full_shape
-        kept = self._least_patch(np.asarray(spacing, dtype=float))
+        limit = np.asarray(median_shape, float)[:dimensions]
+        kept = self._least_patch(spacing)
         # Shrinking by arithmetic first spares building a network for every step.
         while np.prod(limit) > _MAX_PATCH_VOXELS:
-            limit = _shrink(limit, np.asarray(spacing, dtype=float), kept)
+            limit = _shrink(limit, spacing, kept)
         while True:
-            plan = super().limited_configuration(spacing, limit, data_identifier, approximate_n_voxels_dataset, _cache)
+            plan = super().limited_configuration(spacing, limit, *others)
             voxels = int(np.prod(plan["patch_size"]))
             if voxels <= _MAX_PATCH_VOXELS:
                 break
-            limit = _shrink(limit, np.asarray(spacing, dtype=float), kept)
+            limit = _shrink(limit, spacing, kept)
         plan["median_image_size_in_voxels"] = median_shape
         plan["batch_size"] = 2 if dimensions == 3 else int(np.clip(2 * _MAX_PATCH_VOXELS // voxels, 2, _MAX_BATCH_2D))
         return plan

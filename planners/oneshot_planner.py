@@ -135,10 +135,11 @@ class OneShotPlannerMixin(ExperimentPlanner):
 
     def _widen_view(self) -> None:
         """Makes the target spacing of volumes coarser until a patch shows enough."""
-        spacing = self.determine_fullres_target_spacing()
         is_flat = all(shape[0] == 1 for shape in self.dataset_fingerprint["shapes_after_crop"])
-        if self.overwrite_target_spacing is not None or is_flat:
+        asks_for_nothing = self.row_extent is None and self.least_share == 0
+        if self.overwrite_target_spacing is not None or is_flat or asks_for_nothing:
             return
+        spacing = self.determine_fullres_target_spacing()
         known: dict = {}
         first = plan = self._plan_3d(spacing, known)
         grown = spacing.copy()
@@ -198,20 +199,18 @@ class OneShotPlannerMixin(ExperimentPlanner):
         self,
         spacing: np.ndarray | tuple[float, ...] | list[float],
         median_shape: np.ndarray | tuple[int, ...],
-        data_identifier: str,
-        approximate_n_voxels_dataset: float,
-        _cache: dict,
+        *others: Any,
     ) -> dict[str, Any]:
-        """nnU-Net's configuration; slices keep their resolution where that of volumes is coarser."""
+        """nnU-Net's configuration, by its arguments; slices keep their resolution where that of volumes is coarser."""
         if len(spacing) == 2 and (self._coarsening > 1).any():
             coarsening = self._coarsening[self.determine_transpose()[0]][1:]
             spacing = np.asarray(spacing) / coarsening
             median_shape = np.round(np.asarray(median_shape) * coarsening)
-        return self.limited_configuration(spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache)
+        return self.limited_configuration(np.asarray(spacing), np.asarray(median_shape), *others)
 
-    def limited_configuration(self, *arguments: Any) -> dict[str, Any]:
+    def limited_configuration(self, spacing: np.ndarray, median_shape: np.ndarray, *others: Any) -> dict[str, Any]:
         """A configuration within the limits of the planner, here nnU-Net's; arguments as above."""
-        return super().get_plans_for_configuration(*arguments)
+        return super().get_plans_for_configuration(spacing, median_shape, *others)
 
     @staticmethod
     def static_estimate_VRAM_usage(  # noqa: N802  (nnU-Net's name)

@@ -120,10 +120,11 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         chosen = kept_of(registrations, guided, pairs)
         self._guides = bool(chosen.kept)
         ended = "" if self._guides else " There is no further round."
+        compared = "held-out" if self.roles.held_out else "training (none is held out)"
         self.print_to_log_file(
-            f"Weight of the averaged student's labels as a guide: {trust.tolist()}, its Dice on held-out synthetic or "
-            f"real patches, whichever is smaller (0 below 0.5). {len(chosen.kept)} of {len(pairs)} registrations that "
-            f"it guided are kept, those in which images are about as alike as before.{ended}"
+            f"Weight of the averaged student's labels as a guide: {trust.tolist()}, its Dice on synthetic or real "
+            f"patches of {compared} cases, whichever is smaller (0 below 0.5). {len(chosen.kept)} of {len(pairs)} "
+            f"registrations that it guided are kept, those in which images are about as alike as before.{ended}"
         )
         return chosen, cases
 
@@ -166,8 +167,6 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.teacher_optimizer.zero_grad(set_to_none=True)
         teaches = self.distiller.teaches and self._step_of_epoch % self.config.distillation.hint_interval == 0
         self._step_of_epoch += 1
-        hint = reconstruction = torch.zeros((), device=self.device)
-        teacher_features: list[torch.Tensor] = []
         if teaches:
             with self._autocast():
                 reconstruction, teacher_features = self.distiller.reconstruct(real)
@@ -176,10 +175,10 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 self._scaled(reconstruction).backward()
         with self._autocast():
             output, features = self._features(self._student(), data)
-            segmentation = self.loss(output, target)
+            total = segmentation = self.loss(output, target)
             if teaches:
                 hint = self.distiller.hint(features, teacher_features, hint_weight=self._hint_weight())
-        total = segmentation + hint
+                total = segmentation + hint
         if teaches and self.distiller.moves_teacher:
             total = total + reconstruction
         self._scaled(total).backward()

@@ -19,7 +19,7 @@ from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.propagation import Propagator, score_folder
-from nnunet_oneshot.io import require_env, writing
+from nnunet_oneshot.io import require_env, save_text_atomic, writing
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache, kept_of
 from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
 from nnunet_oneshot.registration.pair.quality import telling_similarity
@@ -110,8 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = f"{options.trainer}__{options.plans}__{options.configuration}"
     training = Path(os.environ["nnUNet_results"]) / prepared.name / model / f"fold_{options.fold}"
     rows = judge_round(prepared, training, options.out)
-    with writing(options.out):
-        (options.out / "table.csv").write_text(csv_table(HEADER, rows), encoding="utf-8")
+    save_text_atomic(csv_table(HEADER, rows), options.out / "table.csv")
     print("\n".join(markdown_table(HEADER, [[str(cell) for cell in row] for row in rows])))
     return 0
 

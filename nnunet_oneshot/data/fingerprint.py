@@ -173,8 +173,8 @@ def _is_fingerprint(content: Any) -> bool:
     try:
         own = content["oneshot"]
         atlases, cases = own["atlases"], own["cases"]
-        row = own.get("row", {"labels": [1], "extent": [1.0, 1.0, 1.0]})
-        extent = np.array(row["extent"])
+        row = own.get("row", {"labels": [], "extent": np.zeros(3)})
+        labels, extent = list(row["labels"]), np.array(row["extent"])
         geometry = np.array([content["spacings"], content["shapes_after_crop"]])
         channels = content["foreground_intensity_properties_per_channel"].values()
         others = np.array(
@@ -184,7 +184,7 @@ def _is_fingerprint(content: Any) -> bool:
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return False
     lists = is_list_of_names(atlases) and is_list_of_names(cases) and geometry.shape == (2, len(cases), 3)
-    rows = extent.shape == (3,) and all(type(label) is int for label in row["labels"])
+    rows = extent.shape == (3,) and all(type(label) is int for label in labels)
     return lists and rows and all(a.dtype.kind in "if" and np.isfinite(a).all() for a in (geometry, others, extent))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nnunet_oneshot.data.fingerprint import _is_fingerprint
 from nnunet_oneshot.data.lookalikes import longest_row
 
 
@@ -48,3 +49,27 @@ def test_ignored_and_missing_labels_and_constant_images_are_borne():
     assert longest_row(image, segmentation, (1, 1, 1)) is None
     assert longest_row(np.zeros_like(image), spine(3)[1], (1, 1, 1)) is None
     assert longest_row(image, np.zeros_like(segmentation), (1, 1, 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "fits"),
+    [
+        ({"labels": [1, 2, 3], "extent": [1.0, 2, 3]}, True),
+        ({"labels": 3, "extent": [1.0, 2, 3]}, False),
+        ({"extent": [1.0, 2, 3]}, False),
+        ({"labels": ["1"], "extent": [1.0, 2, 3]}, False),
+        ({"labels": [1, 2, 3], "extent": [1.0, 2]}, False),
+        ({"labels": [1, 2, 3], "extent": ["a", 2, 3]}, False),
+        ([1], False),
+        (None, False),
+    ],
+)
+def test_a_fingerprint_whose_row_has_another_shape_is_none(row, fits):
+    content = {
+        "oneshot": {"atlases": ["a"], "cases": ["a"], "row": row},
+        "spacings": [[1, 1, 1]],
+        "shapes_after_crop": [[5, 5, 5]],
+        "foreground_intensity_properties_per_channel": {},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    assert _is_fingerprint(content) == fits

@@ -82,7 +82,8 @@ def _option(action: argparse.Action) -> list[str]:
         return [f"`{action.metavar}`", f"**required**; {action.help}"]
     value = ""
     if action.nargs != 0:
-        value = " " + (action.metavar or "|".join(action.choices or ()) or action.dest.upper())
+        metavar = action.metavar if isinstance(action.metavar, str) else " ".join(action.metavar or ())
+        value = " " + (metavar or "|".join(action.choices or ()) or action.dest.upper())
         value += " ..." if action.nargs == "+" else ""
     meaning = (action.help or "") % {"default": action.default}
     required = "**required**; " if action.required else ""

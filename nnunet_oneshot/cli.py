@@ -214,6 +214,46 @@ def _add_export(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_export)
 
 
+def _import(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.data.import_scans import import_scans
+
+    import_scans(
+        options.folder,
+        dataset=options.d,
+        labels=options.label,
+        label_names=options.labels,
+        channels=options.channels,
+        test_folder=options.test,
+        num_processes=options.np,
+    )
+
+
+def _add_import(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "import",
+        help="make a raw data set from a folder of scans, DICOM included, and one label",
+        description="Writes nnU-Net's raw format: imagesTr, labelsTr, dataset.json, and oneshot_sources.csv, which "
+        "tells where each case came from. Takes DICOM series, NIfTI, NRRD, MetaImage and FreeSurfer's MGZ, also in "
+        "folders below. Scans that cannot be read are left out and told.",
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="holds the scans")
+    add("-d", required=True, metavar="DATASET", help="number, or name such as Dataset005_Liver, of the new data set")
+    add(
+        "--label",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("CASE", "FILE"),
+        help="a scan's name and its label map (DICOM-SEG with the extra dicom); may be given several times",
+    )
+    add("--labels", nargs="+", metavar="NAME", help="names of the labels, by value (default: those in the file)")
+    add("--channels", nargs="+", metavar="NAME", help="what the channels show, such as CT (default: DICOM's modality)")
+    add("--test", metavar="FOLDER", help="scans for imagesTs")
+    add("-np", type=int, metavar="N", help="processes (default: nnUNet_def_n_proc, else up to 8)")
+    parser.set_defaults(run=_import)
+
+
 def _plan_and_preprocess(options: argparse.Namespace) -> None:
     import nnunet_oneshot.planners as planners
     from nnunet_oneshot.data.options import DEFAULT_CONFIGURATIONS, Options
@@ -484,6 +524,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(subparsers)
     _add_env(subparsers)
     _add_export(subparsers)
+    _add_import(subparsers)
     _add_plan_and_preprocess(subparsers)
     _add_preprocess(subparsers)
     _add_propagate(subparsers)

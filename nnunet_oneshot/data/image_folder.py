@@ -47,7 +47,7 @@ class ImageFolder(RawDataset):
         known = sorted({suffix for reader in LIST_OF_IO_CLASSES for suffix in reader.supported_file_endings})
         if ending.lower() not in known:
             raise OneShotError(f"Images that end in {ending!r} cannot be read: nnU-Net reads {', '.join(known)}.")
-        grouped = _channels(names) or {name: [name] for name in names}
+        grouped = channels_of(names) or {name: [name] for name in names}
         self._files = {
             case: ([str(self.folder / f"{part}{ending}") for part in parts], None) for case, parts in grouped.items()
         }
@@ -69,10 +69,10 @@ class ImageFolder(RawDataset):
             raise OneShotError(f"Case {case}: {', '.join(self.images(case))} cannot be read ({detail}).") from error
 
 
-def _channels(names: list[str]) -> dict[str, list[str]]:
+def channels_of(names: list[str]) -> dict[str, list[str]]:
     """File names of each case's channels, or nothing where the names do not look like channels."""
     matches = [match for name in names if (match := _CHANNEL.fullmatch(name))]
-    if len(matches) < len(names):
+    if not matches or len(matches) < len(names):
         return {}
     grouped: dict[str, list[str]] = {}
     for match in matches:

@@ -54,8 +54,8 @@ def check_files(raw: RawDataset) -> list[str]:
         place = f'"dataset" in {raw.folder / "dataset.json"} lists' if is_listed else f"{raw.folder / 'imagesTr'} holds"
         raise OneShotError(
             f"{place} {len(raw.cases)} training case(s), with files that end in {raw.file_ending}: at least 2 are "
-            f"needed, one of them labelled. Add images, or correct dataset.json. Scans in other formats, such as DICOM, "
-            f"become a data set by `nnunet_oneshot import`."
+            f"needed, one of them labelled. Add images, or correct dataset.json. Scans in other formats, such as DICOM,"
+            f" become a data set by `nnunet_oneshot import`."
         )
     if not raw.labelled:
         raise OneShotError(

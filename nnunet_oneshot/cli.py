@@ -481,6 +481,27 @@ def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_register_pair)
 
 
+def _statistics(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.evaluation.volumes import write_statistics
+
+    write_statistics(options.i, out=options.o, images=options.images, num_processes=options.np)
+
+
+def _add_statistics(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "statistics",
+        help="write a table of the volumes of segmented structures",
+        description="Writes a CSV table with one line a case and label: voxels, volume (ml), whether the structure "
+        "touches the border of the image, and with --images the mean value of each channel in it.",
+    )
+    add = parser.add_argument
+    add("-i", required=True, metavar="FOLDER", help="segmentations, with the dataset.json that prediction leaves there")
+    add("-o", metavar="FILE", help="the table (default: statistics.csv in the folder)")
+    add("--images", metavar="FOLDER", help="the images that were segmented, in nnU-Net's naming")
+    add("-np", type=int, metavar="N", help="processes (default: nnUNet_def_n_proc, else up to 8)")
+    parser.set_defaults(run=_statistics)
+
+
 def _suggest_atlas(options: argparse.Namespace) -> None:
     from nnunet_oneshot.registration.dataset.suggestion import suggest_atlas
 
@@ -512,6 +533,25 @@ def _add_suggest_atlas(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_suggest_atlas)
 
 
+def _to_dicom(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.evaluation.dicom_export import write_dicom_segmentations
+
+    write_dicom_segmentations(options.i, scans=options.scans, out=options.o)
+
+
+def _add_to_dicom(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "to-dicom",
+        help="write segmentations of imported DICOM series as DICOM-SEG",
+        description="Writes one DICOM-SEG file a case, for viewers and archives. Needs the extra dicom.",
+    )
+    add = parser.add_argument
+    add("-i", required=True, metavar="FOLDER", help="segmentations, with the dataset.json that prediction leaves there")
+    add("--scans", required=True, metavar="FOLDER", help="the DICOM series, as given to `nnunet_oneshot import`")
+    add("-o", required=True, metavar="FOLDER", help="where CASE.dcm are written")
+    parser.set_defaults(run=_to_dicom)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command, one subparser for each subcommand."""
     parser = argparse.ArgumentParser(
@@ -530,7 +570,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_propagate(subparsers)
     _add_register(subparsers)
     _add_register_pair(subparsers)
+    _add_statistics(subparsers)
     _add_suggest_atlas(subparsers)
+    _add_to_dicom(subparsers)
     return parser
 
 

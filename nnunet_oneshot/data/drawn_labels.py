@@ -49,7 +49,7 @@ def read_drawn_label(path: str, image: sitk.Image, image_path: str) -> tuple[sit
         raise OneShotError(f"The label {path} is empty (background only): give the label that was drawn.")
     drawn = sitk.GetImageFromArray(whole)
     drawn.CopyInformation(label)
-    return _on_grid(drawn, image, path, image_path), names
+    return on_grid(drawn, image, path, image_path), names
 
 
 def renumbered(
@@ -95,8 +95,18 @@ def _segment_names(label: sitk.Image) -> dict[int, str]:
     }
 
 
-def _on_grid(label: sitk.Image, image: sitk.Image, path: str, image_path: str) -> sitk.Image:
-    """The label on the image's grid, whose voxels it must share; its axes may lie in another order or direction."""
+def on_grid(label: sitk.Image, image: sitk.Image, path: str, image_path: str) -> sitk.Image:
+    """The label on the image's grid, whose voxels it must share; its axes may lie in another order or direction.
+
+    Args:
+        label: Label map.
+        image: An image.
+        path: Where the label lies, for the error.
+        image_path: What the image is, for the error.
+
+    Raises:
+        OneShotError: It lies on other voxels, or reaches beyond the image.
+    """
     last = np.array(label.GetSize()) - 1
     # The first voxel, and the last one along each axis.
     corners = [np.zeros(3, int), *(last * axis for axis in np.eye(3, dtype=int))]

@@ -2,12 +2,12 @@
 
 import csv
 import json
-import zlib
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from tiny_dicom import write_series
 
 from nnunet_oneshot.cli import main
 from nnunet_oneshot.data.raw import RawDataset
@@ -48,38 +48,6 @@ def _write(image, path):
     return path
 
 
-def _write_series(image, folder, *, series="1", modality="CT", places=None, shift=0.0):
-    """The slices of a volume as DICOM files; `places` (mm) along the third axis replaces their distances."""
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    frame = f"1.2.826.0.1.3680043.2.1125.{zlib.crc32(f'{folder} {series}'.encode())}"
-    for number in range(image.GetDepth()):
-        part = image[:, :, number]
-        x, y, z = image.TransformIndexToPhysicalPoint((0, 0, number))
-        z = z if places is None else places[number]
-        tags = {
-            "0008|0060": modality,
-            "0020|000e": f"{frame}.1",
-            "0020|000d": f"{frame}.2",
-            "0020|0052": f"{frame}.3",
-            "0008|0018": f"{frame}.4.{number}",
-            "0020|0011": series,
-            "0020|0013": str(number),
-            "0020|0032": f"{x}\\{y + shift * number}\\{z}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
-            "0018|0050": str(SPACING[2]),
-            "0010|0020": "P1",
-            "0010|0010": "A^B",
-            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
-        }
-        for tag, value in tags.items():
-            part.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{series}_{number:03d}.dcm"))
-        writer.Execute(part)
-    return folder
-
-
 def _geometry(image):
     return np.round([*image.GetSpacing(), *image.GetOrigin(), *image.GetDirection()], 4).tolist()
 
@@ -87,7 +55,7 @@ def _geometry(image):
 def test_dicom_series_become_a_data_set(tmp_path, raw, capsys):
     scans = tmp_path / "CT scans"
     for number, patient in enumerate(("p1", "p 2", "p3")):
-        _write_series(_volume(number), scans / patient)
+        write_series(_volume(number), scans / patient)
     label = _write(_label(_volume()), tmp_path / "drawn.nrrd")
     arguments = ["import", str(scans), "-d", "5", "--label", "p1", str(label), "--labels", "liver", "spleen"]
     assert main(arguments) == 0
@@ -174,61 +142,31 @@ def test_a_label_in_another_order_of_axes_lies_where_it_was_drawn(tmp_path, raw)
 
 
 def test_a_dicom_segmentation_is_read(tmp_path, raw):
-    highdicom = pytest.importorskip("highdicom")
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.sr.codedict import codes
-
     image = _volume()
-    folder = _write_series(image, tmp_path / "scans" / "p1")
-    sources = [pydicom.dcmread(path) for path in sorted(folder.iterdir())]
-    for source in sources:
-        source.StudyDate = source.StudyTime = source.PatientBirthDate = source.PatientSex = source.AccessionNumber = ""
-        source.StudyID = source.ReferringPhysicianName = ""
-        source.SpacingBetweenSlices = SPACING[2]
-    drawn = sitk.GetArrayFromImage(_label(image))
-    described = [
-        highdicom.seg.SegmentDescription(
-            segment_number=number,
-            segment_label=name,
-            segmented_property_category=codes.SCT.Organ,
-            segmented_property_type=codes.SCT.Liver,
-            algorithm_type="MANUAL",
-        )
-        for number, name in ((1, "liver"), (2, "cyst"))
-    ]
-    segmentation = highdicom.seg.Segmentation(
-        sources,
-        drawn,
-        "BINARY",
-        described,
-        series_instance_uid=highdicom.UID(),
-        series_number=2,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
-        manufacturer="-",
-        manufacturer_model_name="-",
-        software_versions="1",
-        device_serial_number="1",
-    )
-    path = tmp_path / "seg.dcm"
-    segmentation.save_as(path)
+    write_series(image, tmp_path / "scans" / "p1")
+    drawn = tmp_path / "drawn"
+    _write(_label(image), drawn / "p1.nii.gz")
+    description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "cyst": 2}}
+    (drawn / "dataset.json").write_text(json.dumps({**description, "file_ending": ".nii.gz"}))
+    assert main(["to-dicom", "-i", str(drawn), "--scans", str(tmp_path / "scans"), "-o", str(tmp_path / "seg")]) == 0
+    path = tmp_path / "seg" / "p1.dcm"
     assert main(["import", str(tmp_path / "scans"), "-d", "3", "--label", "p1", str(path)]) == 0
     written = sitk.ReadImage(str(raw / "Dataset003_Scans" / "labelsTr" / "p1.nii.gz"))
-    assert np.array_equal(sitk.GetArrayFromImage(written), drawn)
+    assert np.array_equal(sitk.GetArrayFromImage(written), sitk.GetArrayFromImage(_label(image)))
     content = json.loads((raw / "Dataset003_Scans" / "dataset.json").read_text())
-    assert content["labels"] == {"background": 0, "liver": 1, "cyst": 2}
+    assert content["labels"] == description["labels"]
 
 
 def _missing_slice(folder):
-    _write_series(_volume(), folder, places=[0, 2.5, 5, 10, 12.5, 15])
+    write_series(_volume(), folder, places=[0, 2.5, 5, 10, 12.5, 15])
 
 
 def _twice_in_one_place(folder):
-    _write_series(_volume(), folder, places=[0, 0, 2.5, 2.5, 5, 5])
+    write_series(_volume(), folder, places=[0, 0, 2.5, 2.5, 5, 5])
 
 
 def _tilted(folder):
-    _write_series(_volume(), folder, shift=0.3)
+    write_series(_volume(), folder, shift=0.3)
 
 
 def _colours(folder):
@@ -267,8 +205,8 @@ def test_a_scan_that_is_no_regular_volume_is_left_out_and_told(tmp_path, raw, ca
 
 
 def test_single_slices_and_objects_without_an_image_are_no_scans(tmp_path):
-    folder = _write_series(_volume(), tmp_path / "scans" / "p1", series="3", modality="MR")
-    _write_series(_volume()[:, :, :1], folder, series="1", modality="MR")
+    folder = write_series(_volume(), tmp_path / "scans" / "p1", series="3", modality="MR")
+    write_series(_volume()[:, :, :1], folder, series="1", modality="MR")
     (folder / "notes.txt").write_text("nothing")
     scans = {scan.name: scan for scan in find_scans(tmp_path / "scans")}
     assert read_scan(scans["p1_s3"].channels[0]).GetSize() == (12, 10, 6)

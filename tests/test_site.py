@@ -1,0 +1,29 @@
+"""The documentation builds as a site without a warning, and its first page is short."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("material", reason="MkDocs Material is an extra of development")
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_site_builds_and_asks_no_network(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 25
+    loaded = re.compile(r'<(?:script|img)[^>]*src="https?://|<link[^>]*rel="stylesheet"[^>]*href="https?://')
+    assert [page for page in pages if loaded.search(page.read_text(encoding="utf-8"))] == []
+
+
+def test_the_first_page_has_one_picture_and_at_most_300_words():
+    text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"!\[", text)) == 1
+    assert len(text.split()) <= 300

@@ -43,7 +43,7 @@ class RawDataset:
         self.name = self.folder.name
         path = self.folder / "dataset.json"
         self.dataset_json: dict[str, Any] = check_description(
-            load_json_checked(path, "the data set's description"), path
+            load_json_checked(path, "the data set's description", dict), path
         )
         self._files = self._listed_files() if "dataset" in self.dataset_json else self._found_files()
         self.cases: list[str] = sorted(self._files)

@@ -274,19 +274,22 @@ def _fault(value: Any, shape: Shape, place: str) -> str | None:
     if isinstance(shape, dict):
         parts: list[tuple[Any, Shape, str | int]] = []
         for entry, inner in shape.items():
-            name = entry.removesuffix("?")
-            if name in value:
-                parts.append((value[name], inner, name))
-            elif name == entry:
-                return f"lacks {shown(name)}{f' in {place}' if place else ''}"
+            key = entry.removesuffix("?")
+            if key in value:
+                parts.append((value[key], inner, key))
+            elif key == entry:
+                return f"lacks {shown(key)}{f' in {place}' if place else ''}"
     elif isinstance(shape, Each):
         parts = [(inner, shape.shape, name) for name, inner in value.items()]
     elif isinstance(shape, list):
         parts = [(inner, shape[0], number) for number, inner in enumerate(value)]
     else:
         return None
-    faults = (_fault(inner, form, f"{place}[{shown(name)}]" if place else shown(name)) for inner, form, name in parts)
-    return next((fault for fault in faults if fault), None)
+    for inner_value, inner_shape, name in parts:
+        here = shown(name) if isinstance(name, str) and not place else f"{place}[{shown(name)}]"
+        if fault := _fault(inner_value, inner_shape, here):
+            return fault
+    return None
 
 
 def _is_a(value: Any, kind: type) -> bool:

@@ -409,11 +409,13 @@ def read_damaged(home, name, contents, read):
     mention = NAMED.get(name, path.name.split(".")[0])
     refused = 0
     before = tree(home)
-    for content in contents:
-        path.write_bytes(content)
-        refused += refusal(lambda: read(home), mention) is not None
-        count(name)
-    path.write_bytes(whole)
+    try:
+        for content in contents:
+            path.write_bytes(content)
+            refused += refusal(lambda: read(home), mention) is not None
+            count(name)
+    finally:
+        path.write_bytes(whole)
     after = tree(home)
     assert after == before, [path for path in {*before, *after} if before.get(path) != after.get(path)]
     assert refusal(lambda: read(home), mention) is None

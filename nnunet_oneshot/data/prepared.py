@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnunet_oneshot.data.description import check_description
+from nnunet_oneshot.data.description import check_description, checked_labels
 from nnunet_oneshot.data.orientation import aligned_by_headers, axes_of, in_common_order, name_of
 from nnunet_oneshot.data.outline import restore_outline
 from nnunet_oneshot.data.plans import check_plans
@@ -111,8 +111,13 @@ class PreparedDataset:
 
     @cached_property
     def label_manager(self) -> Any:
-        """nnU-Net's manager of the labels."""
-        return self.plans_manager.get_label_manager(self.dataset_json)
+        """nnU-Net's manager of the labels.
+
+        Raises:
+            OneShotError: The labels are not what nnU-Net accepts.
+        """
+        build = partial(self.plans_manager.get_label_manager, self.dataset_json)
+        return checked_labels(build, self.base / "dataset.json")
 
     @property
     def folder(self) -> Path:

@@ -117,6 +117,8 @@ def _open(folder: str, case: str, suffix: str, what: str, key: str) -> StoredArr
     with _reading(what, path):
         if path.suffix == ".b2nd":
             array = blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})
+            if not isinstance(array, blosc2.NDArray):
+                raise ValueError("it holds no array")
             # By a damaged header an array may be far larger than the file, and reading it would not end.
             whole = [chunk * -(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
             if math.prod(whole) * array.dtype.itemsize != array.schunk.nbytes:
@@ -138,7 +140,8 @@ def _reading(what: str, path: Path) -> Iterator[None]:
         yield
     # A damaged file may raise anything.
     except Exception as error:
-        reason = str(error).strip() or type(error).__name__
+        told = isinstance(error, (OSError, ValueError, RuntimeError, EOFError)) and str(error).strip()
+        reason = told or "its content is not what nnU-Net writes"
         raise OneShotError(
             f"The preprocessed {what} {path} cannot be read ({reason}). Preprocess the dataset again with "
             f"`nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, `nnUNetv2_preprocess`."

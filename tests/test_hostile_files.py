@@ -317,6 +317,8 @@ def read_prepared(root):
     assert prepared.registration_image(CASE).shape[0] == 1
     shapes = prepared.shape(CASE), prepared.shape(ATLAS)
     prepared.alignment(CASE, ATLAS, *shapes)
+    configuration = prepared.configuration_manager
+    assert configuration.batch_dice in (True, False) and len(configuration.pool_op_kernel_sizes) >= 0
     return prepared.label_manager, prepared.score_labels(), prepared.num_channels, prepared.spacing(CASE)
 
 

@@ -250,9 +250,10 @@ def _claim(out: Path, prepared: PreparedDataset, *, epochs: int | None, override
 
 def _checked_config(prepared: PreparedDataset, overrides: dict[str, Any]) -> OneShotConfig:
     """The settings with overrides, checked as the trainers will check them."""
-    OneShotConfig.from_plans(prepared.plans)
-    merged = merge_settings(prepared.plans.get(BLOCK, {}), overrides)
-    return OneShotConfig.from_plans({**prepared.plans, BLOCK: merged})
+    block = prepared.plans.get(BLOCK, {})
+    if isinstance(block, dict):
+        block = merge_settings(block, overrides)
+    return OneShotConfig.from_plans({**prepared.plans, BLOCK: block})
 
 
 def _mean_dice(record: dict[str, Any]) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nnunet_oneshot.errors import OneShotError, shown
-from nnunet_oneshot.io import atomic_path, writing
+from nnunet_oneshot.io import atomic_path
 
 # The function by which numpy's numbers are restored, whose module differs between releases.
 _numpy_scalar = np.float64(0).__reduce__()[0]
@@ -30,14 +30,15 @@ def saving_checkpoint(target: str | os.PathLike) -> Iterator[Path]:
         OneShotError: The file cannot be written; the previous one is untouched.
     """
     try:
-        with writing(target), atomic_path(target) as temporary:
+        with atomic_path(target) as temporary:
             yield temporary
     except (OneShotError, *_OF_THE_DEVICE):
         raise
-    except RuntimeError as error:
-        # torch reports a full disk as a RuntimeError of its archive writer.
+    # torch reports a full disk as a RuntimeError of its archive writer.
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
         raise OneShotError(
-            f"The checkpoint {target} could not be written ({_first_line(error)}): check that its folder is writable "
+            f"The checkpoint {target} could not be written ({reason}): check that its folder is writable "
             f"and has space left. {resume_advice(Path(target).parent)}"
         ) from error
 

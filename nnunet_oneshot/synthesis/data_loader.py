@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,8 @@ from nnunet_oneshot.synthesis.sampler import (
     with_own_mask,
 )
 from nnunet_oneshot.synthesis.spatial import patch_places, split_spatial
+
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -264,8 +268,6 @@ class _Telling:
     def __next__(self) -> dict | PatchError:
         try:
             return next(self._loader)
-        except StopIteration:
-            raise
         except OneShotError as error:
             return PatchError(str(error))
         except Exception as error:
@@ -281,17 +283,30 @@ class _Workers(MultiThreadedAugmenter):
     """nnU-Net's worker processes, whose failures are told."""
 
     def __next__(self) -> dict:
+        if not self.was_initialized:
+            self._start()
         try:
-            batch = super().__next__()
-        except RuntimeError as error:
-            raise PatchError(
-                f"A worker process that makes patches ended unexpectedly, most often because memory ran out: use fewer "
-                f"of them (now {self.num_processes}; set nnUNet_n_proc_DA), or free memory."
-            ) from error
+            batch = self._next_batch()
+        except KeyboardInterrupt:
+            self._finish()
+            raise
         if isinstance(batch, PatchError):
             self._finish()
             raise batch
         return batch
+
+    def _next_batch(self) -> dict | PatchError:
+        # Without a look at the events that workers share: one that was killed may have taken their locks with it.
+        while all(process.is_alive() for process in self._processes):
+            with suppress(Empty):
+                return self.pin_memory_queue.get(timeout=_SECONDS_BETWEEN_LOOKS)
+        for process in self._processes:
+            process.kill()
+        self._processes, self.was_initialized = [], False
+        raise PatchError(
+            f"A worker process that makes patches ended unexpectedly, most often because memory ran out: use fewer of "
+            f"them (now {self.num_processes}; set nnUNet_n_proc_DA), or free memory."
+        )
 
 
 class _InThisProcess(SingleThreadedAugmenter):

@@ -282,6 +282,10 @@ class _Telling:
 class _Workers(MultiThreadedAugmenter):
     """nnU-Net's worker processes, whose failures are told."""
 
+    # Of batchgenerators.
+    _processes: list[Any]
+    pin_memory_queue: Any
+
     def __next__(self) -> dict:
         if not self.was_initialized:
             self._start()
@@ -302,7 +306,8 @@ class _Workers(MultiThreadedAugmenter):
                 return self.pin_memory_queue.get(timeout=_SECONDS_BETWEEN_LOOKS)
         for process in self._processes:
             process.kill()
-        self._processes, self.was_initialized = [], False
+        self._processes.clear()
+        self.was_initialized = False
         raise PatchError(
             f"A worker process that makes patches ended unexpectedly, most often because memory ran out: use fewer of "
             f"them (now {self.num_processes}; set nnUNet_n_proc_DA), or free memory."

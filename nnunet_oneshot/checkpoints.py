@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 import torch
 
-from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.io import atomic_path, writing
+from nnunet_oneshot.errors import OneShotError, shown
+from nnunet_oneshot.io import atomic_path
 
 # The function by which numpy's numbers are restored, whose module differs between releases.
 _numpy_scalar = np.float64(0).__reduce__()[0]
@@ -30,16 +30,40 @@ def saving_checkpoint(target: str | os.PathLike) -> Iterator[Path]:
         OneShotError: The file cannot be written; the previous one is untouched.
     """
     try:
-        with writing(target), atomic_path(target) as temporary:
+        with atomic_path(target) as temporary:
             yield temporary
     except (OneShotError, *_OF_THE_DEVICE):
         raise
-    except RuntimeError as error:
-        # torch reports a full disk as a RuntimeError of its archive writer.
+    # torch reports a full disk as a RuntimeError of its archive writer.
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
         raise OneShotError(
-            f"The checkpoint {target} could not be written ({_first_line(error)}): check that its folder is writable "
-            f"and has space left, then resume with --c from the checkpoint before it."
+            f"The checkpoint {target} could not be written ({reason}): check that its folder is writable "
+            f"and has space left. {resume_advice(Path(target).parent)}"
         ) from error
+
+
+def resume_advice(folder: str | os.PathLike) -> str:
+    """How a training goes on that stopped, a sentence; it promises no checkpoint that is not there.
+
+    Args:
+        folder: Of a fold's checkpoints.
+    """
+    found = _checkpoints(Path(folder))
+    if found:
+        return f"Then give the same command with --c, which goes on from {found[0]}."
+    return "There is no checkpoint yet: then give the same command again."
+
+
+def other_checkpoints(path: str | os.PathLike) -> list[Path]:
+    """The checkpoints beside another one, first the one from which ``nnUNetv2_train --c`` goes on without it."""
+    return [other for other in _checkpoints(Path(path).parent) if other != Path(path)]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a fold in the order in which ``nnUNetv2_train --c`` looks for them."""
+    names = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 @contextmanager
@@ -66,16 +90,18 @@ def loading_checkpoint(path: str | os.PathLike, *, advice: str) -> Iterator[None
 
 
 def load_data(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a checkpoint of nnU-Net, of which nothing is run: tensors, plain types and numpy's numbers.
+    """The content of a checkpoint, of which nothing is run: tensors, plain types and numpy's numbers.
 
-    ``torch.load`` would otherwise run whatever code the file names.
+    ``torch.load`` would otherwise run whatever code the file names, and take over weights that have changed on disk.
 
     Args:
         path: A file that somebody else may have written.
 
     Raises:
         OneShotError: The file holds anything else.
+        ValueError: Parts of the file are not what was written; see `loading_checkpoint`.
     """
+    _check_parts(path)
     scalars: list[Any] = [(_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     numbers = [np.dtype, *scalars, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
     try:
@@ -91,6 +117,27 @@ def load_data(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise OneShotError(f"The checkpoint {path} holds {type(content).__name__}, not what nnU-Net stores.")
     return content
+
+
+def _check_parts(path: str | os.PathLike) -> None:
+    """Compares each part of a checkpoint with the checksum that torch stored of it in the same file.
+
+    torch stores checkpoints as zip archives but does not look at their checksums itself. They go wherever the file is
+    moved or copied, and cannot be of another state of it. Files of another format have none.
+
+    Raises:
+        ValueError: A part was changed since it was written.
+    """
+    if not is_zipfile(path):
+        return
+    try:
+        with ZipFile(path) as archive:
+            damaged = archive.testzip()
+    # A damaged archive may raise anything.
+    except Exception as error:
+        raise ValueError(f"its parts cannot be read, {_first_line(error)}") from error
+    if damaged is not None:
+        raise ValueError(f"its part {shown(damaged)} has changed since it was written")
 
 
 def _foreign_objects(path: str | os.PathLike) -> list[str]:

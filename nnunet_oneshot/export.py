@@ -20,8 +20,8 @@ from nnunet_oneshot.data.raw import dataset_name, find_images
 from nnunet_oneshot.data.verify import check_images
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.inference import CHECKPOINT, load_predictor
-from nnunet_oneshot.io import load_json_checked, require_env, temporary_folder, writing
+from nnunet_oneshot.inference import CHECKPOINT, load_predictor, read_model
+from nnunet_oneshot.io import require_env, temporary_folder, writing
 from nnunet_oneshot.names import check_name
 
 STOCK_TRAINER = "nnUNetTrainer"
@@ -119,8 +119,7 @@ def _finished_folds(source: Path, folds: Sequence[str] | None) -> list[str]:
 
 
 def _write_model(source: Path, model: Path, *, folds: Sequence[str], configuration: str) -> None:
-    plans = load_json_checked(source / "plans.json", "the model's plans")
-    dataset_json = load_json_checked(source / "dataset.json", "the model's dataset description")
+    plans, dataset_json = read_model(source)
     for fold in folds:
         checkpoint = _load_checkpoint(source / f"fold_{fold}" / CHECKPOINT)
         # Built from plain types: an object of this package in the file could not be read without the package.

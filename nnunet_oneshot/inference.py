@@ -7,15 +7,32 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from nnunet_oneshot.checkpoints import load_data
+from nnunet_oneshot.data.description import check_description
+from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
+from nnunet_oneshot.io import load_json_checked
 
 CHECKPOINT = "checkpoint_final.pth"
+
+
+def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plans and ``dataset.json`` of a trained model's folder, checked before nnU-Net makes anything of them.
+
+    Raises:
+        OneShotError: One is missing or of another shape.
+    """
+    plans, description = folder / "plans.json", folder / "dataset.json"
+    return (
+        check_plans(load_json_checked(plans, "the model's plans", dict), plans),
+        check_description(load_json_checked(description, "the model's dataset description", dict), description),
+    )
 
 
 def foreground_probabilities(predictor, image: np.ndarray) -> np.ndarray:
@@ -86,10 +103,14 @@ def load_predictor(folder: Path, folds: Sequence[str], device: str | torch.devic
         folder: ``TRAINER__PLANS__CONFIGURATION`` of nnU-Net's results.
         folds: Their networks are averaged.
         device: Where the network runs.
+
+    Raises:
+        OneShotError: Plans or description of the model are missing or of another shape, or a checkpoint is damaged.
     """
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     device = torch.device(device)
+    read_model(folder)
     # nnU-Net would run the code that a checkpoint names.
     for fold in folds:
         load_data(folder / f"fold_{fold}" / CHECKPOINT)

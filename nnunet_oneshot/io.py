@@ -8,15 +8,17 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, shown
 
 # A folder of more entries than this is not searched for leftovers again before so many seconds have passed: else the
 # cost of writing many files into one folder would grow with the square of their number.
@@ -177,27 +179,124 @@ def save_text_atomic(text: str, target: str | os.PathLike) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def load_json_checked(path: str | os.PathLike, what: str) -> Any:
-    """Reads a JSON file.
+@dataclass(frozen=True)
+class Maybe:
+    """A shape, or null; see `load_json_checked`."""
+
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Each:
+    """An object of any names whose values have a shape; see `load_json_checked`."""
+
+    shape: Shape
+
+
+# `float` is a finite number, whole or not, `object` anything; a list holds the shape of its items; an object names
+# those of its entries, a name that ends in a question mark may be missing, and others may be there.
+Shape: TypeAlias = "type | Maybe | Each | list[Shape] | dict[str, Shape]"
+
+_KINDS: dict[type, str] = {
+    dict: "a JSON object {...}",
+    list: "a list [...]",
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
+# Deeper than any file of ours or of nnU-Net, and than anybody's stack of calls is exhausted by.
+_DEEPEST = 50
+
+
+def load_json_checked(path: str | os.PathLike, what: str, shape: Shape) -> Any:
+    """Reads a JSON file and checks at the door that it holds what is read of it.
 
     Args:
         path: The file.
         what: What the file is, for the error, such as ``"the plans file"``.
+        shape: What it must hold: a type (`float` is any finite number), `Maybe` or `Each` of a shape, ``[shape]`` for
+            a list of such items, ``{"name": shape, "other?": shape}`` for an object with these entries and any others,
+            of which ``other`` may be missing.
 
     Raises:
-        OneShotError: The file is missing, unreadable or not JSON.
+        OneShotError: The file is missing, unreadable, not JSON, or holds something else.
     """
+    remedy = "mend it in an editor, or delete it if a command of this package wrote it, and run that command again."
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise OneShotError(f"{_sentence(what)} {path} does not exist.") from error
     except OSError as error:
         raise OneShotError(f"{_sentence(what)} {path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise OneShotError(
-            f"{_sentence(what)} {path} is not valid JSON ({error}): mend it in an editor, or delete it if a command "
-            f"of this package wrote it, and run that command again."
-        ) from error
+    except ValueError as error:
+        raise OneShotError(f"{_sentence(what)} {path} is not valid JSON ({error}): {remedy}") from error
+    if fault := _fault(content, shape, ""):
+        raise OneShotError(f"{_sentence(what)} {path} {fault}: {remedy}")
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """The content of JSON, in which no object has an entry twice, and nothing is nested too deeply.
+
+    Raises:
+        ValueError: The text is no such JSON; a `json.JSONDecodeError` where it is none at all.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [content]
+    for _ in range(_DEEPEST):
+        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [one for container in inner for one in container]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return content
+
+
+def _object(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(entries)
+    if len(found) < len(entries):
+        names = [name for name, _ in entries]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the entry {shown(twice)} more than once")
+    return found
+
+
+def _fault(value: Any, shape: Shape, place: str) -> str | None:
+    """What of a JSON content does not fit a shape, the end of a sentence; None where all does."""
+    if isinstance(shape, Maybe):
+        return None if value is None else _fault(value, shape.shape, place)
+    kind = dict if isinstance(shape, (dict, Each)) else list if isinstance(shape, list) else shape
+    if not _is_a(value, kind):
+        return f"must hold {_KINDS[kind]}{f' as {place}' if place else ''}, found {shown(value)}"
+    if isinstance(shape, dict):
+        parts: list[tuple[Any, Shape, str | int]] = []
+        for entry, inner in shape.items():
+            key = entry.removesuffix("?")
+            if key in value:
+                parts.append((value[key], inner, key))
+            elif key == entry:
+                return f"lacks {shown(key)}{f' in {place}' if place else ''}"
+    elif isinstance(shape, Each):
+        parts = [(inner, shape.shape, name) for name, inner in value.items()]
+    elif isinstance(shape, list):
+        parts = [(inner, shape[0], number) for number, inner in enumerate(value)]
+    else:
+        return None
+    for inner_value, inner_shape, name in parts:
+        here = shown(name) if isinstance(name, str) and not place else f"{place}[{shown(name)}]"
+        if fault := _fault(inner_value, inner_shape, here):
+            return fault
+    return None
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind is float:
+        # A whole number of JSON may be too large to be converted.
+        return (_is_a(value, int) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_oneshot.config import BLOCK, OneShotConfig
 from nnunet_oneshot.data.fingerprint import fingerprint_standing_in, load_fingerprint, remove_copy
-from nnunet_oneshot.data.plans import FOR_OUR_TRAINERS, NOTE
+from nnunet_oneshot.data.plans import FOR_OUR_TRAINERS, NOTE, check_plans
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.io import load_json_checked, save_json_atomic
 
@@ -250,8 +250,8 @@ class OneShotPlannerMixin(ExperimentPlanner):
         plans[BLOCK] = self.default_config().to_dict()
         plans[NOTE] = FOR_OUR_TRAINERS
         if self.plans_file.is_file():
-            previous = load_json_checked(self.plans_file, "the plans file")
-            plans["configurations"] = {**previous.get("configurations", {}), **plans["configurations"]}
+            previous = check_plans(load_json_checked(self.plans_file, "the plans file", dict), self.plans_file)
+            plans["configurations"] = {**previous["configurations"], **plans["configurations"]}
             if BLOCK in previous:
                 OneShotConfig.from_plans(previous)
                 if previous[BLOCK] != plans[BLOCK]:

@@ -22,6 +22,9 @@ class OneShotAtlasTrainer(OneShotTrainer):
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         patch_size = self.configuration_manager.patch_size
+        for case in self.roles.atlases:
+            # nnU-Net's loader, which reads them later, does not tell which file is damaged.
+            self.prepared.image(case), self.prepared.segmentation(case), self.prepared.properties(case)
 
         def build(size, transforms) -> nnUNetDataLoader:
             return nnUNetDataLoader(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -16,7 +17,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_oneshot.checkpoints import load_data, loading_checkpoint, saving_checkpoint
+from nnunet_oneshot.checkpoints import (
+    load_data,
+    loading_checkpoint,
+    other_checkpoints,
+    resume_advice,
+    saving_checkpoint,
+)
 from nnunet_oneshot.config import BLOCK, OVERRIDES_VARIABLE, OneShotConfig, differences, settings_in_force
 from nnunet_oneshot.data.fingerprint import fingerprint_standing_in
 from nnunet_oneshot.data.plans import check_plans
@@ -30,7 +37,7 @@ from nnunet_oneshot.names import check_name
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
 from nnunet_oneshot.registry import load_modules
 from nnunet_oneshot.seeding import derive_seed, seed_everything
-from nnunet_oneshot.synthesis.data_loader import wrap_workers
+from nnunet_oneshot.synthesis.data_loader import PatchError, wrap_workers
 from nnunet_oneshot.synthesis.mirroring import decide_mirror_axes
 from nnunet_oneshot.versions import versions
 
@@ -98,6 +105,10 @@ class OneShotTrainer(nnUNetTrainer):
             super().on_train_start()
         self._keep_settings()
 
+    def run_training(self) -> None:
+        with self._telling_faults("training"):
+            super().run_training()
+
     def on_train_end(self) -> None:
         super().on_train_end()
         free(join(self.output_folder, LOCK_FILE))
@@ -135,6 +146,25 @@ class OneShotTrainer(nnUNetTrainer):
             self.dataset_json,
             self.configuration_name,
         )
+
+    @contextmanager
+    def _telling_faults(self, what: str) -> Iterator[None]:
+        """Turns the end of a worker, of a disk's space or of a folder into an `OneShotError` that says how to go on."""
+        try:
+            yield
+        except PatchError as error:
+            raise OneShotError(
+                f"The {what} in {self.output_folder} stopped. {error} {self._next_step(what)}"
+            ) from error
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise OneShotError(
+                f"The {what} in {self.output_folder} stopped ({place}{error.strerror or error}): its folders must be "
+                f"there, be writable and have space left. {self._next_step(what)}"
+            ) from error
+
+    def _next_step(self, what: str) -> str:
+        return resume_advice(self.output_folder) if what == "training" else "Then give the same command again."
 
     def do_split(self) -> tuple[list[str], list[str]]:
         fold = self._fold()
@@ -190,7 +220,8 @@ class OneShotTrainer(nnUNetTrainer):
         lock = join(self.output_folder, LOCK_FILE)
         take_or_refuse(lock, "training or validation")
         try:
-            self._validate(save_probabilities)
+            with self._telling_faults("validation"):
+                self._validate(save_probabilities)
         finally:
             free(lock)
 
@@ -237,8 +268,8 @@ class OneShotTrainer(nnUNetTrainer):
             return
         changed = self._changed_settings(stored)
         atlases = list(self.roles.atlases)
-        if stored.get("atlases") != atlases:
-            changed.append(f"the atlas was {stored.get('atlases')}, is {atlases}")
+        if stored["atlases"] != atlases:
+            changed.append(f"the atlas was {stored['atlases']}, is {atlases}")
         if changed:
             raise OneShotError(
                 f"The training in {self.output_folder} was started with other settings: {'; '.join(changed)}. Set them "
@@ -249,23 +280,25 @@ class OneShotTrainer(nnUNetTrainer):
         path = join(self.output_folder, SETTINGS_FILE)
         if not os.path.isfile(path):
             return None
-        stored = load_json_checked(path, "the settings of the training")
-        return stored if isinstance(stored, dict) else None
+        return load_json_checked(path, "the settings of the training", {"settings": dict, "atlases": [str]})
 
     def _changed_settings(self, stored: dict) -> list[str]:
-        settings = stored.get("settings")
-        return differences(settings, settings_in_force(self.config)) if isinstance(settings, dict) else []
+        return differences(stored["settings"], settings_in_force(self.config))
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Reads a checkpoint's file; its content, which nnU-Net's own method takes too, is given by no command."""
         if not self.was_initialized:
             self.initialize()
-        advice = "Delete it and resume with --c from the checkpoint before it, or train again without --c."
+        others = other_checkpoints(filename_or_checkpoint)
+        advice = (
+            "Delete it and " + (f"resume with --c from {others[0]}, or " if others else "") + "train again without --c."
+        )
         with loading_checkpoint(filename_or_checkpoint, advice=advice):
             # nnU-Net would run the code that a file names.
             load_data(filename_or_checkpoint)
             super().load_checkpoint(filename_or_checkpoint)
-        if changed := self._changed_settings(self._stored_settings() or {}):
+        stored = self._stored_settings()
+        if stored is not None and (changed := self._changed_settings(stored)):
             self.print_to_log_file(f"Warning: this training was started with other settings: {'; '.join(changed)}.")
         for state in self.optimizer.state.values():
             # nnU-Net loads Adam's counts of steps onto the device, from where it would fetch them at every step.

@@ -26,10 +26,10 @@ from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.data.thumbnails import find_medoid, pool_volume
 from nnunet_oneshot.errors import OneShotError, listed
-from nnunet_oneshot.io import load_json_checked, save_json_atomic
-from nnunet_oneshot.names import is_list_of_names
+from nnunet_oneshot.io import Each, Shape, load_json_checked, save_json_atomic
 
 ATLAS_FILE = "oneshot_atlas.json"
+_ENTRY: dict[str, Shape] = {"atlases": [str], "chosen_by?": str, "how?": str, "program_choice?": [str]}
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,10 @@ def _is_users(entry: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    stored = load_json_checked(path, "the file of atlases")
-
-    def is_entry(entry: Any) -> bool:
-        return isinstance(entry, dict) and is_list_of_names(entry.get("atlases")) and bool(entry["atlases"])
-
-    folds = stored.get("folds", {}) if isinstance(stored, dict) else None
-    if not is_entry(stored) or not isinstance(folds, dict) or not all(is_entry(entry) for entry in folds.values()):
+    stored = load_json_checked(path, "the file of atlases", {**_ENTRY, "folds?": Each(_ENTRY)})
+    if not all(entry["atlases"] for entry in (stored, *stored.get("folds", {}).values())):
         raise OneShotError(
-            f'{path} must hold {{"atlases": [case names], "chosen_by": "user" or "program"}}: mend it, or delete it to '
-            f"have the atlas chosen anew."
+            f'{path} names no atlas: it must hold {{"atlases": [case names], "chosen_by": "user" or "program"}}, also '
+            f"for single folds. Mend it, or delete it to have the atlas chosen anew."
         )
     return stored

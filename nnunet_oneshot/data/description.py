@@ -42,6 +42,33 @@ def check_description(content: Any, path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def checked_labels(build: Callable[[], Any], path: str | os.PathLike) -> Any:
+    """nnU-Net's label manager, whose labels must be consecutive numbers.
+
+    Args:
+        build: Builds it from the content of a ``dataset.json``.
+        path: The file, for the error.
+
+    Raises:
+        OneShotError: The labels are not what nnU-Net accepts.
+    """
+    try:
+        manager = build()
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise OneShotError(
+            f"nnU-Net refuses the labels in {path} ({error}): expected consecutive numbers from "
+            f'"background": 0, "ignore", where there is one, the highest, and with regions also '
+            f'"regions_class_order". Correct them.'
+        ) from error
+    declared = [*manager.all_labels, *([manager.ignore_label] if manager.has_ignore_label else [])]
+    if declared != list(range(len(declared))):
+        raise OneShotError(
+            f"The labels in {path} have the numbers {shown([int(label) for label in declared])}: nnU-Net needs "
+            f"consecutive ones, 0, 1, 2 and so on. Correct them."
+        )
+    return manager
+
+
 def _check_channels(content: dict[str, Any], path: str | os.PathLike) -> None:
     key = "modality" if "modality" in content and not content.get("channel_names") else "channel_names"
     names = content[key]

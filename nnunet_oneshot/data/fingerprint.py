@@ -159,7 +159,7 @@ def load_fingerprint(folder: Path) -> dict[str, Any]:
     path = folder / FINGERPRINT_FILE
     if not path.is_file():
         raise OneShotError(f"The fingerprint {path} does not exist: run `nnunet_oneshot plan_and_preprocess`.")
-    fingerprint = load_json_checked(path, "the fingerprint")
+    fingerprint = load_json_checked(path, "the fingerprint", dict)
     if not _is_fingerprint(fingerprint):
         raise OneShotError(
             f"{path} does not hold a fingerprint as `nnunet_oneshot plan_and_preprocess` writes it: delete it and run "

@@ -92,7 +92,7 @@ def plan_and_preprocess(
     plans_file = folder / f"{options.plans_name or default_name}.json"
     previous: dict[str, Any] = {}
     if plans_file.is_file() or planner_class is None:
-        previous = check_plans(load_json_checked(plans_file, "the plans file"), plans_file)
+        previous = check_plans(load_json_checked(plans_file, "the plans file", dict), plans_file)
     check_options(raw, options, previous)
     config = OneShotConfig.from_plans({BLOCK: previous.get(BLOCK, {}), "plans_name": plans_file.stem})
 
@@ -269,7 +269,7 @@ def _plan(
         log(f'Note: the "{BLOCK}" block of the existing plans was kept.')
     for note in planner.notes:
         log(f"Note: {note}")
-    plans = load_json_checked(planner.plans_file, "the plans file")
+    plans = load_json_checked(planner.plans_file, "the plans file", dict)
     for line in _described(plans):
         log(line)
     return plans

@@ -40,7 +40,11 @@ def check_plans(content: Any, path: str | os.PathLike) -> dict[str, Any]:
     _check_entries(content, _OF_PLANS, str(path))
     for name in configurations:
         where = f"configuration {shown(name)} of {path}"
-        _check_entries(_with_inherited(configurations, name, where), _OF_CONFIGURATION, where)
+        whole = _with_inherited(configurations, name, where)
+        _check_entries(whole, _OF_CONFIGURATION, where)
+        # Plans of nnU-Net before 2.4 describe the network otherwise.
+        if "UNet_class_name" not in whole:
+            _check_entries(whole, _OF_NETWORK, where)
     return content
 
 
@@ -85,6 +89,19 @@ def _is_order(value: Any) -> bool:
     return _is_list(value, lambda axis: type(axis) is int, (3,)) and sorted(value) == [0, 1, 2]
 
 
+def _is_architecture(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("arch_kwargs"), dict):
+        return False
+    strides, imported = value["arch_kwargs"].get("strides"), value.get("_kw_requires_import")
+    return (
+        _is_text(value.get("network_class_name"))
+        and isinstance(imported, (list, tuple))
+        and all(map(_is_text, imported))
+        and isinstance(strides, (list, tuple))
+        and all(_is_whole(one) or (isinstance(one, (list, tuple)) and all(map(_is_whole, one))) for one in strides)
+    )
+
+
 # Whether an entry, None where it is missing, is as it must be; and that in words.
 _Entry = tuple[Callable[[Any], bool], str]
 _LARGEST = 1e9
@@ -97,6 +114,14 @@ _OF_PLANS: dict[str, _Entry] = {
     "transpose_forward": _ORDER,
     "transpose_backward": _ORDER,
 }
+_OF_NETWORK: dict[str, _Entry] = {
+    "architecture": (
+        _is_architecture,
+        'an object with "network_class_name", "arch_kwargs", the strides of each stage among them, and '
+        '"_kw_requires_import"',
+    ),
+}
+_RESAMPLED = ("data", "seg", "probabilities")
 _OF_CONFIGURATION: dict[str, _Entry] = {
     "data_identifier": (_is_text, "the name of a folder"),
     "batch_size": (_is_whole, "a whole number of at least 1"),
@@ -106,6 +131,10 @@ _OF_CONFIGURATION: dict[str, _Entry] = {
         lambda value: isinstance(value, list) and all(isinstance(one, bool) for one in value),
         "a list of true or false, one a channel",
     ),
+    "preprocessor_name": (_is_text, "the name of one of nnU-Net's preprocessors"),
+    "batch_dice": (lambda value: isinstance(value, bool), "true or false"),
+    **{f"resampling_fn_{what}": (_is_text, "the name of a function of nnU-Net") for what in _RESAMPLED},
+    **{f"resampling_fn_{what}_kwargs": (lambda value: isinstance(value, dict), "an object") for what in _RESAMPLED},
     "normalization_schemes": (
         lambda value: isinstance(value, list) and all(map(_is_text, value)),
         "a list of names of nnU-Net's normalizations, one a channel",

@@ -7,17 +7,23 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnunet_oneshot.data.description import check_description
+from nnunet_oneshot.data.description import check_description, checked_labels
 from nnunet_oneshot.data.orientation import aligned_by_headers, axes_of, in_common_order, name_of
 from nnunet_oneshot.data.outline import restore_outline
 from nnunet_oneshot.data.plans import check_plans
-from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_properties, load_segmentation
+from nnunet_oneshot.data.preprocessed import (
+    check_preprocessed,
+    load_image,
+    load_properties,
+    load_segmentation,
+    open_image,
+)
 from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.data.written import check_written_cases
@@ -64,7 +70,7 @@ class PreparedDataset:
                 f"plan_and_preprocess -d {dataset}` first, or correct -p."
             )
         path = base / f"{plans_name}.json"
-        plans = check_plans(load_json_checked(path, "the plans file"), path)
+        plans = check_plans(load_json_checked(path, "the plans file", dict), path)
         if configuration not in plans["configurations"]:
             raise OneShotError(
                 f"Plans {plans_name!r} of {base.name} have no configuration {configuration!r}: they have "
@@ -72,7 +78,7 @@ class PreparedDataset:
             )
         check_name(configuration, "configuration", f"plans {plans_name}")
         description = base / "dataset.json"
-        dataset_json = check_description(load_json_checked(description, "the dataset's description"), description)
+        dataset_json = check_description(load_json_checked(description, "the dataset's description", dict), description)
         prepared = cls(base, plans, plans_name, dataset_json, configuration)
         prepared.check()
         return prepared
@@ -105,8 +111,13 @@ class PreparedDataset:
 
     @cached_property
     def label_manager(self) -> Any:
-        """nnU-Net's manager of the labels."""
-        return self.plans_manager.get_label_manager(self.dataset_json)
+        """nnU-Net's manager of the labels.
+
+        Raises:
+            OneShotError: The labels are not what nnU-Net accepts.
+        """
+        build = partial(self.plans_manager.get_label_manager, self.dataset_json)
+        return checked_labels(build, self.base / "dataset.json")
 
     @property
     def folder(self) -> Path:
@@ -222,6 +233,10 @@ class PreparedDataset:
         """Checksum of the preprocessed image, its shape included."""
         image = self.image(case)
         return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+
+    def shape(self, case: str) -> tuple[int, ...]:
+        """Voxels (X, Y, Z) of the preprocessed image, which is not read."""
+        return tuple(open_image(str(self.folder), case).shape[1:])
 
     def stamp(self, case: str) -> list[list[Any]]:
         """Name, size (bytes) and time of change (ns) of a case's preprocessed files, a separate label's left out.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,38 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunet_oneshot.errors import OneShotError
 
 
-def open_image(folder: str, case: str):
+class StoredArray:
+    """An array on disk, of which slices are read; a failure to read one names the file.
+
+    Attributes:
+        shape: Such as (C, X, Y, Z).
+        dtype: Of its values.
+        ndim: Number of axes.
+    """
+
+    def __init__(self, array: Any, what: str, path: Path) -> None:
+        self.shape: tuple[int, ...] = tuple(array.shape)
+        self.dtype = array.dtype
+        self.ndim = len(self.shape)
+        self._array, self._what, self._path = array, what, path
+
+    def __getitem__(self, part: Any) -> np.ndarray:
+        with self.reading():
+            return self._array[part]
+
+    def crop(self, box: Sequence[Sequence[int]]) -> np.ndarray:
+        """What lies in a box ((from, to) of the last axes, which may reach beyond the array); 0 outside."""
+        from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+
+        with self.reading():
+            return crop_and_pad_nd(self._array, box, 0)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Names the file where its content is not as it must be."""
+        return _reading(self._what, self._path)
+
+
+def open_image(folder: str, case: str) -> StoredArray:
     """The preprocessed image of a case; the file of its label is not opened.
 
     Args:
@@ -24,14 +56,23 @@ def open_image(folder: str, case: str):
         (C, X, Y, Z) array that may lie on disk; a slice of it is a numpy array.
 
     Raises:
-        OneShotError: The image is missing or unreadable.
+        OneShotError: The image is missing or unreadable; so may a slice of it be.
     """
     return _open(folder, case, "", "image", "data")
 
 
 def load_image(folder: str, case: str) -> np.ndarray:
-    """The preprocessed image of a case in memory, (C, X, Y, Z); see `open_image`."""
-    return open_image(folder, case)[:]
+    """The preprocessed image of a case in memory, (C, X, Y, Z); see `open_image`.
+
+    Raises:
+        OneShotError: The image is missing, unreadable or not finite.
+    """
+    stored = open_image(folder, case)
+    image = stored[:]
+    with stored.reading():
+        if not np.isfinite(image).all():
+            raise ValueError("it holds values that are no finite numbers")
+    return image
 
 
 def load_segmentation(folder: str, case: str) -> np.ndarray:
@@ -57,36 +98,52 @@ def load_properties(folder: str, case: str) -> dict[str, Any]:
         OneShotError: The file is missing or unreadable.
     """
     path = Path(folder) / f"{case}.pkl"
-    # An unreadable pickle may raise anything.
-    with _reading("properties", path, Exception):
+    with _reading("properties", path):
         properties = load_pickle(str(path))
-        if not isinstance(properties, dict):
-            raise ValueError("it holds something else")
+        if not isinstance(properties, dict) or not isinstance(properties.get("class_locations"), dict):
+            raise ValueError("it holds something else than nnU-Net keeps of a case")
+        spacing = np.asarray(properties["spacing"], float)
+        if spacing.shape != (3,) or not (np.isfinite(spacing) & (spacing > 0)).all():
+            raise ValueError(f"its spacing is {spacing.tolist()}")
         return properties
 
 
-def _open(folder: str, case: str, suffix: str, what: str, key: str):
+def _open(folder: str, case: str, suffix: str, what: str, key: str) -> StoredArray:
     import blosc2
 
     base = Path(folder)
-    path = base / f"{case}{suffix}.b2nd"
-    with _reading(what, path, OSError, RuntimeError, ValueError, KeyError, EOFError):
-        if path.is_file():
-            return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})
-        if (path := base / f"{case}{suffix}.npy").is_file():
-            return np.load(path, mmap_mode="r")
-        with np.load(base / f"{case}.npz") as arrays:
-            return arrays[key]
+    kinds = [base / f"{case}{suffix}.b2nd", base / f"{case}{suffix}.npy", base / f"{case}.npz"]
+    path = next((path for path in kinds if path.is_file()), kinds[0])
+    with _reading(what, path):
+        if path.suffix == ".b2nd":
+            array = blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})
+            if not isinstance(array, blosc2.NDArray):
+                raise ValueError("it holds no array")
+            # By a damaged header an array may be far larger than the file, and reading it would not end.
+            whole = [chunk * -(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
+            if math.prod(whole) * array.dtype.itemsize != array.schunk.nbytes:
+                raise ValueError(f"its header tells of the shape {tuple(array.shape)}, its content of another")
+        elif path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r")
+        else:
+            with np.load(path) as arrays:
+                array = arrays[key]
+        if array.ndim != 4 or array.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {array.dtype} of shape {tuple(array.shape)}, not four axes of numbers")
+    return StoredArray(array, what, path)
 
 
 @contextmanager
-def _reading(what: str, path: Path, *failures: type[Exception]) -> Iterator[None]:
+def _reading(what: str, path: Path) -> Iterator[None]:
     """Turns a failure to read a file of a preprocessed case into an `OneShotError` that names it."""
     try:
         yield
-    except failures as error:
+    # A damaged file may raise anything.
+    except Exception as error:
+        told = isinstance(error, (OSError, ValueError, RuntimeError, EOFError)) and str(error).strip()
+        reason = told or "its content is not what nnU-Net writes"
         raise OneShotError(
-            f"The preprocessed {what} {path} cannot be read ({error}). Preprocess the dataset again with "
+            f"The preprocessed {what} {path} cannot be read ({reason}). Preprocess the dataset again with "
             f"`nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, `nnUNetv2_preprocess`."
         ) from error
 

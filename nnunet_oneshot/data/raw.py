@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nnunet_oneshot.data.description import check_description
+from nnunet_oneshot.data.description import check_description, checked_labels
 from nnunet_oneshot.data.headers import file_order, is_nifti
-from nnunet_oneshot.errors import OneShotError, shown
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env
 from nnunet_oneshot.names import check_name
 
@@ -43,7 +43,7 @@ class RawDataset:
         self.name = self.folder.name
         path = self.folder / "dataset.json"
         self.dataset_json: dict[str, Any] = check_description(
-            load_json_checked(path, "the data set's description"), path
+            load_json_checked(path, "the data set's description", dict), path
         )
         self._files = self._listed_files() if "dataset" in self.dataset_json else self._found_files()
         self.cases: list[str] = sorted(self._files)
@@ -82,22 +82,10 @@ class RawDataset:
         """
         from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-        path = self.folder / "dataset.json"
-        try:
-            manager = LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order"))
-        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise OneShotError(
-                f"nnU-Net refuses the labels in {path} ({error}): expected consecutive numbers from "
-                f'"background": 0, "ignore", where there is one, the highest, and with regions also '
-                f'"regions_class_order". Correct them.'
-            ) from error
-        declared = [*manager.all_labels, *([manager.ignore_label] if manager.has_ignore_label else [])]
-        if declared != list(range(len(declared))):
-            raise OneShotError(
-                f"The labels in {path} have the numbers {shown([int(label) for label in declared])}: nnU-Net needs "
-                f"consecutive ones, 0, 1, 2 and so on. Correct them."
-            )
-        return manager
+        return checked_labels(
+            lambda: LabelManager(self.dataset_json["labels"], self.dataset_json.get("regions_class_order")),
+            self.folder / "dataset.json",
+        )
 
     @cached_property
     def reader_class(self) -> type:

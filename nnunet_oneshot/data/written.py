@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_oneshot.errors import OneShotError, listed
-from nnunet_oneshot.io import load_json_checked, save_json_atomic
-from nnunet_oneshot.names import is_list_of_names
+from nnunet_oneshot.io import Each, load_json_checked, save_json_atomic
 
 # In the dataset's folder: nnU-Net refuses foreign files beside the cases.
 RECORD = "oneshot_preprocessed.json"
@@ -50,9 +49,4 @@ def check_written_cases(base: Path, folder: Path) -> None:
 
 def _recorded(base: Path) -> dict[str, list[str]]:
     path = base / RECORD
-    content = load_json_checked(path, "the list of preprocessed cases") if path.is_file() else {}
-    if not isinstance(content, dict) or not all(map(is_list_of_names, content.values())):
-        raise OneShotError(
-            f"{path} does not map folders to lists of cases: delete it, and preprocess the dataset again."
-        )
-    return content
+    return load_json_checked(path, "the list of preprocessed cases", Each([str])) if path.is_file() else {}

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import nnunet_oneshot
 from nnunet_oneshot.evaluation.commands import CommandResult
-from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic
+from nnunet_oneshot.io import Each, Shape, atomic_path, load_json_checked, save_json_atomic
 from nnunet_oneshot.tables import Markup, markdown_table, plain
 
+_SCORES: Shape = {"mean": Each({"Dice": object}), "metric_per_case": [{"metrics": Each({"Dice": object})}]}
 _METHODS = {"propagation": "label propagation", "student": "student"}
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -51,7 +52,7 @@ def write_report(
     Returns:
         The content of ``report.json``.
     """
-    labels = load_json_checked(raw / "dataset.json", "the dataset's description")["labels"]
+    labels = load_json_checked(raw / "dataset.json", "the dataset's description", {"labels": Each(int)})["labels"]
     labels = {int(value): name for name, value in labels.items() if int(value) != 0}
     dice = {method: _dice(out / "predictions" / method / "summary.json", labels) for method in _METHODS}
     report = {
@@ -75,7 +76,7 @@ def write_report(
 
 def _dice(summary: Path, labels: dict[int, str]) -> dict[str, float]:
     """Mean Dice of each label over the test cases."""
-    means = load_json_checked(summary, "the scores of nnUNetv2_evaluate_folder")["mean"]
+    means = load_json_checked(summary, "the scores of nnUNetv2_evaluate_folder", _SCORES)["mean"]
     return {name: float(means[str(value)]["Dice"]) for value, name in labels.items()}
 
 
@@ -92,7 +93,7 @@ def _pictures(
         name: {
             title: [
                 case["metrics"][str(value)]["Dice"]
-                for case in load_json_checked(folder / method / "summary.json", "scores")["metric_per_case"]
+                for case in load_json_checked(folder / method / "summary.json", "scores", _SCORES)["metric_per_case"]
             ]
             for method, title in _METHODS.items()
         }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunet_oneshot.checkpoints import loading_checkpoint, saving_checkpoint
+from nnunet_oneshot.checkpoints import load_data, loading_checkpoint, saving_checkpoint
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import writing
 
@@ -52,7 +52,7 @@ def saving_teacher(
     try:
         yield
     except BaseException:
-        os.remove(coming)
+        Path(coming).unlink(missing_ok=True)
         raise
     with writing(present):
         os.replace(coming, present)
@@ -110,7 +110,7 @@ def load_teacher(checkpoint: str, distiller: nn.Module, optimizer: torch.optim.O
 
 
 def _content(path: str) -> dict[str, Any]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_data(path)
     if set(content) != _KEYS:
         raise ValueError(f"found {sorted(content)}, expected {sorted(_KEYS)}")
     return content

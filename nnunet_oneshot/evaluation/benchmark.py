@@ -108,6 +108,8 @@ def run_benchmark(
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
     overrides = merge_settings(environment_overrides(), parse_settings(settings))
     config = _checked_config(prepared, overrides)
+    for seed in seeds or ():
+        _checked_config(prepared, merge_settings(overrides, {"seed": seed}))
     usable_device(device)
     chosen = _methods(methods, prepared, log)
     for method in chosen:
@@ -248,8 +250,10 @@ def _claim(out: Path, prepared: PreparedDataset, *, epochs: int | None, override
 
 def _checked_config(prepared: PreparedDataset, overrides: dict[str, Any]) -> OneShotConfig:
     """The settings with overrides, checked as the trainers will check them."""
-    merged = merge_settings(prepared.plans.get(BLOCK, {}), overrides)
-    return OneShotConfig.from_plans({**prepared.plans, BLOCK: merged})
+    block = prepared.plans.get(BLOCK, {})
+    if isinstance(block, dict):
+        block = merge_settings(block, overrides)
+    return OneShotConfig.from_plans({**prepared.plans, BLOCK: block})
 
 
 def _mean_dice(record: dict[str, Any]) -> float:

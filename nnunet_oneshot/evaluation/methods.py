@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_oneshot.config import merge_settings
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, shown
 from nnunet_oneshot.evaluation.ablations import ABLATIONS
 from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS
+from nnunet_oneshot.io import parse_json
 from nnunet_oneshot.registry import Registry
 from nnunet_oneshot.schedules import DEFAULT_EPOCHS, SHORTER, variant
 
@@ -169,7 +170,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     A value is read as JSON, and as text where it is not JSON.
 
     Raises:
-        OneShotError: A setting has no ``=``.
+        OneShotError: A setting has no ``=``, or a value is nested too deeply, too long or has an entry twice.
     """
     result: dict[str, Any] = {}
     for setting in settings:
@@ -177,9 +178,11 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise OneShotError(f"The setting {setting!r} has no value: write key=value, as in distillation.hint=none.")
         try:
-            parsed = json.loads(value)
+            parsed = parse_json(value)
         except json.JSONDecodeError:
             parsed = value
+        except ValueError as error:
+            raise OneShotError(f"The setting {shown(key)} has an unreadable value ({error}): correct it.") from error
         for part in reversed(key.split(".")):
             parsed = {part: parsed}
         result = merge_settings(result, parsed)

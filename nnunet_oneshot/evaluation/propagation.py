@@ -400,7 +400,7 @@ def score_folder(prepared: PreparedDataset, folder: Path, cases: Sequence[str]) 
             manager.ignore_label,
             num_processes=1,
         )
-        summary = load_json_checked(Path(temporary) / "summary.json", "the scores")
+        summary = load_json_checked(Path(temporary) / "summary.json", "the scores", {"metric_per_case": [dict]})
     for case in summary["metric_per_case"]:
         case["prediction_file"] = str(folder / Path(case["prediction_file"]).name)
         case["reference_file"] = str(prepared.labels_folder / Path(case["reference_file"]).name)

@@ -18,12 +18,24 @@ from nnunet_oneshot.evaluation.commands import CommandResult, command_environmen
 from nnunet_oneshot.evaluation.methods import CEILING, Method, parse_method, trainer_name
 from nnunet_oneshot.evaluation.metrics import score_segmentation
 from nnunet_oneshot.evaluation.propagation import read_reference
-from nnunet_oneshot.io import is_occupied, load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.io import Maybe, Shape, is_occupied, load_json_checked, save_json_atomic, writing
 from nnunet_oneshot.locks import free, take
 from nnunet_oneshot.versions import versions
 
 RECORD = "run.json"
 TOLERANCE_MM = 2.0
+_RECORD_SHAPE: Shape = {
+    **dict.fromkeys(("dataset", "plans", "method", "fold", "command", "device", "segmentations"), str),
+    "atlas": Maybe(str),
+    "seed": Maybe(int),
+    "epochs": Maybe(int),
+    "seconds": float,
+    "peak_memory_mb": Maybe(float),
+    "resumed": bool,
+    "overrides": dict,
+    "versions": dict,
+    "scores": [{"case": str, "label": str, **dict.fromkeys(("dice", "hd95", "nsd_2mm"), Maybe(float))}],
+}
 
 
 @dataclass(frozen=True)
@@ -69,13 +81,22 @@ class Run:
 def load_record(out: Path, run: Run) -> dict[str, Any] | None:
     """The record of a finished run, or None."""
     path = out / run.folder / RECORD
-    return load_json_checked(path, "the record of a run") if path.is_file() else None
+    return _read_record(path) if path.is_file() else None
 
 
 def finished_records(out: Path) -> list[dict[str, Any]]:
     """The records of all finished runs of a benchmark, in the order of the methods."""
-    records = [load_json_checked(path, "the record of a run") for path in sorted((out / "runs").rglob(RECORD))]
+    records = [_read_record(path) for path in sorted((out / "runs").rglob(RECORD))]
     return sorted(records, key=lambda record: (parse_method(record["method"]).place, record["method"]))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    record = load_json_checked(path, "the record of a run", _RECORD_SHAPE)
+    try:
+        parse_method(record["method"])
+    except OneShotError as error:
+        raise OneShotError(f"The record of a run {path} is of no method that is known here: {error}") from error
+    return record
 
 
 def lock_file(out: Path, run: Run) -> Path:
@@ -239,7 +260,7 @@ def claim_folder(path: Path, settings: Mapping[str, Any], what: str) -> None:
     """
     out = path.parent
     if path.is_file():
-        found = load_json_checked(path, "the benchmark's settings")
+        found = load_json_checked(path, "the benchmark's settings", dict)
         differing = [key for key in settings if found.get(key) != settings[key]]
         if differing:
             shown = "; ".join(f"{key}: {found.get(key)!r}, now {settings[key]!r}" for key in differing)

@@ -19,8 +19,13 @@ from nnunet_oneshot.checkpoints import load_data, loading_checkpoint
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.inference import CHECKPOINT, build_predictor, foreground_probabilities, load_predictor
-from nnunet_oneshot.io import load_json_checked
+from nnunet_oneshot.inference import (
+    CHECKPOINT,
+    build_predictor,
+    foreground_probabilities,
+    load_predictor,
+    read_model,
+)
 from nnunet_oneshot.precision import processor_autocast
 from nnunet_oneshot.unet import as_unet
 
@@ -97,8 +102,7 @@ class Student(SegmentingGuide):
         self.device = device
         self.checkpoint = self.folder / f"fold_{fold}" / CHECKPOINT
         self._check_files()
-        own = load_json_checked(self.folder / "plans.json", "the guide's plans")
-        described = load_json_checked(self.folder / "dataset.json", "the guide's dataset description")
+        own, described = read_model(self.folder)
         self._check_images(own, prepared)
         self._check_labels(described, prepared.dataset_json)
         self.trainer = self._check_checkpoint(prepared.configuration)
@@ -145,7 +149,7 @@ class Student(SegmentingGuide):
     def _check_images(self, own: dict[str, Any], prepared: PreparedDataset) -> None:
         plans, configuration = prepared.plans, prepared.configuration
         self._same("dataset", own.get("dataset_name"), plans.get("dataset_name"))
-        if configuration not in own.get("configurations", {}):
+        if configuration not in own["configurations"]:
             raise OneShotError(
                 f"The guide {self.folder} was planned without configuration {configuration}: expected a model of it."
             )

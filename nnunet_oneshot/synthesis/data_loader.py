@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from nnunet_oneshot.config import SynthesisConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.preprocessed import open_image
+from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registration.dataset.cache import GuidedRegistrations, RegistrationCache
 from nnunet_oneshot.registration.pair.quality import draw_weights, is_ambiguous
 from nnunet_oneshot.registration.pair.registration import Registration
@@ -33,6 +38,8 @@ from nnunet_oneshot.synthesis.sampler import (
     with_own_mask,
 )
 from nnunet_oneshot.synthesis.spatial import patch_places, split_spatial
+
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -242,8 +249,85 @@ class ImagesOnly:
         return open_image(self.folder, identifier), None, None, {}
 
 
-def wrap_workers(loader: OneShotDataLoader, num_processes: int, seed: int, pin_memory: bool):
+class PatchError(OneShotError):
+    """Patches could not be made, for the reason that the message names."""
+
+
+class _Telling:
+    """A loader that gives the reason for which it fails as its batch, so that it reaches the training.
+
+    Of a worker that ends with an error, batchgenerators tells the training only that it has ended.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> _Telling:
+        return self
+
+    def __next__(self) -> dict | PatchError:
+        try:
+            return next(self._loader)
+        except OneShotError as error:
+            return PatchError(str(error))
+        except Exception as error:
+            # The training gets the sentence; whoever looks for the reason needs the place.
+            traceback.print_exc(file=sys.stderr)
+            return PatchError(f"A patch could not be made ({type(error).__name__}: {error}).")
+
+    def set_thread_id(self, thread_id: int) -> None:
+        self._loader.set_thread_id(thread_id)
+
+
+class _Workers(MultiThreadedAugmenter):
+    """nnU-Net's worker processes, whose failures are told."""
+
+    # Of batchgenerators.
+    _processes: list[Any]
+    pin_memory_queue: Any
+
+    def __next__(self) -> dict:
+        if not self.was_initialized:
+            self._start()
+        try:
+            batch = self._next_batch()
+        except KeyboardInterrupt:
+            self._finish()
+            raise
+        if isinstance(batch, PatchError):
+            self._finish()
+            raise batch
+        return batch
+
+    def _next_batch(self) -> dict | PatchError:
+        # Without a look at the events that workers share: one that was killed may have taken their locks with it.
+        while all(process.is_alive() for process in self._processes):
+            with suppress(Empty):
+                return self.pin_memory_queue.get(timeout=_SECONDS_BETWEEN_LOOKS)
+        for process in self._processes:
+            process.kill()
+        self._processes.clear()
+        self.was_initialized = False
+        raise PatchError(
+            f"A worker process that makes patches ended unexpectedly, most often because memory ran out: use fewer of "
+            f"them (now {self.num_processes}; set nnUNet_n_proc_DA), or free memory."
+        )
+
+
+class _InThisProcess(SingleThreadedAugmenter):
+    """The same without workers."""
+
+    def __next__(self) -> dict:
+        batch = super().__next__()
+        if isinstance(batch, PatchError):
+            raise batch
+        return batch
+
+
+def wrap_workers(loader: Any, num_processes: int, seed: int, pin_memory: bool) -> _Workers | _InThisProcess:
     """Runs a loader in nnU-Net's worker processes; the order of the batches depends only on the seed.
+
+    The next batch is a `PatchError` where a worker ended, or what it reads has gone or is damaged.
 
     Args:
         loader: The loader.
@@ -252,9 +336,9 @@ def wrap_workers(loader: OneShotDataLoader, num_processes: int, seed: int, pin_m
         pin_memory: Whether to put batches into pinned memory.
     """
     if num_processes == 0:
-        return SingleThreadedAugmenter(loader, None)
-    return MultiThreadedAugmenter(
-        loader,
+        return _InThisProcess(_Telling(loader), None)
+    return _Workers(
+        _Telling(loader),
         None,
         num_processes,
         num_cached_per_queue=2,

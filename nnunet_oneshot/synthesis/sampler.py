@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nnunet_oneshot.config import SynthesisConfig
 from nnunet_oneshot.data.outline import empty_space
+from nnunet_oneshot.data.preprocessed import StoredArray
 from nnunet_oneshot.registration.pair.functional import transform_points
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.warp import (
@@ -273,6 +274,10 @@ def apply_appearance(patch: Patch, config: SynthesisConfig) -> Patch:
     return Patch(synthetic, patch.real, patch.seg)
 
 
+def _cropped(case: Any, box: list[list[int]]) -> np.ndarray:
+    return case.crop(box) if isinstance(case, StoredArray) else crop_and_pad_nd(case, box, 0)
+
+
 def _real_patch(places: Places, points: Tensor, case: Any) -> Tensor:
     """The image of a case at the places of a patch, (C, *patch) float32; 0 outside of the case.
 
@@ -284,14 +289,14 @@ def _real_patch(places: Places, points: Tensor, case: Any) -> Tensor:
     lattice = places.lattice
     if places.corner is not None:
         box = [[low, low + size] for low, size in zip(places.corner, lattice.shape, strict=True)]
-        return torch.from_numpy(crop_and_pad_nd(case, box, 0)).float()
+        return torch.from_numpy(_cropped(case, box)).float()
     low, high = points.flatten(1).aminmax(dim=1)
     # With a margin of zeros around the image, a place beyond its border is half in it.
     box = [
         [int(np.clip(np.floor(start), -1, size)), int(np.clip(np.floor(stop), -1, size)) + 2]
         for start, stop, size in zip(low.tolist(), high.tolist(), case.shape[1:], strict=True)
     ]
-    crop = torch.from_numpy(crop_and_pad_nd(case, box, 0)).float().contiguous()
+    crop = torch.from_numpy(_cropped(case, box)).float().contiguous()
     offset = torch.tensor([float(start) for start, _ in box]).view(3, 1, 1, 1)
     result = torch.empty((len(crop), *lattice.shape))
     for slab, part in lattice.slabs(points - offset, CHUNK_POINTS):

@@ -259,7 +259,7 @@ def test_faulty_block_in_existing_plans_is_refused_and_kept(tiny_dataset, capsys
 @pytest.mark.parametrize(
     ("damage", "mentions"),
     [
-        (lambda plans: [], ["does not hold nnU-Net's plans"]),
+        (lambda plans: [], ["must hold a JSON object"]),
         (lambda plans: {**plans, "configurations": []}, ["does not hold nnU-Net's plans"]),
         (lambda plans: {**plans, "transpose_forward": [0, 1, 1]}, ['"transpose_forward"', "[0, 1, 1]", "some order"]),
         (lambda plans: with_configuration(plans, inherits_from="b"), ['"inherits_from"', '"b"', '"mine"']),

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,14 +18,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.io import atomic_path, load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.io import Shape, atomic_path, load_json_checked, save_json_atomic, writing
 from nnunet_oneshot.registration.pair.quality import is_kept
 from nnunet_oneshot.registration.pair.registration import Registration
 
 FOLDER = "oneshot_registrations"
 PairState = Literal["current", "outdated", "damaged", "missing"]
+_FIGURES = ("similarity_before", "similarity_after", "folding")
+_RECORD: Shape = {
+    "key": str,
+    "checksum": str,
+    "quality": {
+        **dict.fromkeys(_FIGURES, float),
+        "affine_start": str,
+        "similarity_at_labels?": float,
+        "rival_margin?": float,
+    },
+    "sources?": {"stamp?": list, "digest?": str, "axes?": [[float]], "shape?": [int]},
+}
+_HOMOGENEOUS = (0, 0, 0, 1)
 # Steps a voxel of the velocities in a file: what is stored is at most 1/32 of a voxel off.
 _STEPS = 16
 
@@ -38,14 +54,30 @@ class RegistrationCache:
         """File of a pair; ``suffix`` is ``".npz"``, ``".json"`` or ``".png"``."""
         return self.folder / atlas / f"{case}{suffix}"
 
-    def state(self, atlas: str, case: str, key: str) -> PairState:
-        """Whether the pair exists, is undamaged, and was made from the inputs and parameters behind ``key``."""
+    def state(
+        self, atlas: str, case: str, key: str, shapes: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> PairState:
+        """Whether the pair exists, is undamaged, and was made from the inputs and parameters behind ``key``.
+
+        Args:
+            atlas: Name.
+            case: Name.
+            key: Checksum of all inputs and parameters.
+            shapes: Voxels (X, Y, Z) of the preprocessed atlas and of the case; a pair of other shapes is damaged.
+        """
         if not self.path(atlas, case, ".json").is_file():
             return "missing"
         record = self.record(atlas, case)
         if record is None or record["checksum"] != self._checksum(atlas, case):
             return "damaged"
-        return "current" if record["key"] == key else "outdated"
+        if record["key"] != key:
+            return "outdated"
+        try:
+            with np.load(self.path(atlas, case, ".npz")) as arrays:
+                found = _checked_shapes(arrays)
+        except _UNREADABLE:
+            return "damaged"
+        return "current" if shapes is None or found == tuple(map(tuple, shapes)) else "damaged"
 
     def record(self, atlas: str, case: str) -> dict[str, Any] | None:
         """The content of a pair's JSON file; None where it is missing or damaged. The arrays are not looked at."""
@@ -53,10 +85,9 @@ class RegistrationCache:
         if not path.is_file():
             return None
         try:
-            record = load_json_checked(path, "the registration record")
+            return load_json_checked(path, "the registration record", _RECORD)
         except OneShotError:
             return None
-        return record if _is_complete(record) else None
 
     def save(self, registration: Registration, *, key: str, sources: dict, parameters: dict, versions: dict) -> None:
         """Writes a pair. The JSON file comes last and marks the pair as complete.
@@ -112,16 +143,10 @@ class RegistrationCache:
         try:
             quality = self.quality(atlas, case)
             with np.load(path) as arrays:
-                return Registration(
-                    atlas,
-                    case,
-                    arrays["affine"],
-                    unpacked(arrays["velocity_bytes"], arrays["velocity_shape"]),
-                    tuple(int(n) for n in arrays["atlas_shape"]),
-                    tuple(int(n) for n in arrays["case_shape"]),
-                    quality,
-                )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                shapes = _checked_shapes(arrays)
+                velocity = unpacked(arrays["velocity_bytes"], arrays["velocity_shape"])
+                return Registration(atlas, case, arrays["affine"], velocity, *shapes, quality)
+        except _UNREADABLE as error:
             raise OneShotError(
                 f"The registration file {path} is missing or damaged ({error}): run `nnunet_oneshot register` again, "
                 f"which recomputes damaged pairs."
@@ -134,13 +159,7 @@ class RegistrationCache:
             OneShotError: The pair's JSON file is missing or damaged.
         """
         path = self.path(atlas, case, ".json")
-        record = load_json_checked(path, f"the registration of {atlas} to {case}")
-        if not _is_complete(record):
-            raise OneShotError(
-                f"The registration of {atlas} to {case} in {path} lacks its key, checksum or quality: run "
-                f"`nnunet_oneshot register` again, which recomputes damaged pairs."
-            )
-        return record["quality"]
+        return load_json_checked(path, f"the registration of {atlas} to {case} in", _RECORD)["quality"]
 
     def _checksum(self, atlas: str, case: str) -> str | None:
         path = self.path(atlas, case, ".npz")
@@ -174,9 +193,33 @@ def kept_of(
     return GuidedRegistrations(first, guided, kept)
 
 
-def _is_complete(record: Any) -> bool:
-    """Whether the content of a pair's JSON file has all required entries."""
-    return isinstance(record, dict) and {"key", "checksum", "quality"} <= record.keys()
+# What damaged or foreign arrays raise.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
+
+def _checked_shapes(arrays: NpzFile) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Voxels (X, Y, Z) of atlas and case, by the arrays of a pair; its velocities are not unpacked.
+
+    Raises:
+        ValueError: The arrays are no registration: of other types or shapes, or the affine map is not finite or cannot
+            be inverted.
+    """
+    affine = arrays["affine"]
+    if affine.shape != (4, 4) or affine.dtype.kind != "f" or not np.isfinite(affine).all():
+        raise ValueError("the affine map is not 4 x 4 finite numbers")
+    if not np.array_equal(affine[3], _HOMOGENEOUS) or not np.linalg.det(affine):
+        raise ValueError("the affine map cannot be inverted")
+    shapes = {name: arrays[name] for name in ("velocity_shape", "atlas_shape", "case_shape")}
+    for name, shape in shapes.items():
+        if shape.dtype.kind not in "iu" or shape.shape != (4 if name == "velocity_shape" else 3,) or shape.min() < 1:
+            raise ValueError(f"{name} is {shape.tolist()}")
+    with arrays.zip.open("velocity_bytes.npy") as file:
+        np.lib.format.read_magic(file)
+        stored, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if shapes["velocity_shape"][0] != 3 or stored != (4, math.prod(shapes["velocity_shape"].tolist())) or dtype != "u1":
+        raise ValueError("the velocities do not fit their shape")
+    atlas, case = (tuple(int(n) for n in shapes[name]) for name in ("atlas_shape", "case_shape"))
+    return atlas, case
 
 
 def packed(velocity: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor
 
+from nnunet_oneshot.checkpoints import load_data
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.errors import OneShotError
@@ -133,7 +134,7 @@ def load_predictor(path: Path, prepared: PreparedDataset, *, config: OneShotConf
 
 def _load(network: RegistrationNetwork, path: Path, device: torch.device) -> None:
     try:
-        network.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        network.load_state_dict(load_data(path))
     except Exception as error:
         raise OneShotError(
             f"The registration network {path} cannot be read ({error}): delete it and run again."

@@ -38,12 +38,14 @@ class Pair:
         case: Name of the case that it is warped to.
         key: Checksum of all inputs and parameters.
         source: What is known of the case.
+        shapes: Voxels (X, Y, Z) of the preprocessed atlas and of the case.
     """
 
     atlas: str
     case: str
     key: str
     source: Source
+    shapes: tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)

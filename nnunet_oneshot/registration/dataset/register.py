@@ -280,14 +280,14 @@ class _Pass:
             rotation = [] if turned is None else [turned.round(3).tolist()]
             parts = [self._parameters, sources[atlas]["digest"], sources[case]["digest"], *rotation]
             key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-            pairs.append(Pair(atlas, case, key, sources[case]))
+            pairs.append(Pair(atlas, case, key, sources[case], (sources[atlas]["shape"], sources[case]["shape"])))
         return pairs
 
     def _missing(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs that the cache lacks."""
         missing = []
         for pair in pairs:
-            state = self.cache.state(pair.atlas, pair.case, pair.key)
+            state = self.cache.state(pair.atlas, pair.case, pair.key, pair.shapes)
             if state == "damaged":
                 self.registrar.log(
                     f"The cached registration of {pair.atlas} to {pair.case} is damaged and will be computed again."

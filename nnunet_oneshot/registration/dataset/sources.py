@@ -11,7 +11,7 @@ import numpy as np
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.registration.dataset.cache import RegistrationCache
 
-# What is known of a case: the stamp of its files, the checksum of its image, and where its axes point.
+# What is known of a case: the stamp of its files, checksum and shape (X, Y, Z) of its image, and where its axes point.
 Source = dict[str, Any]
 
 
@@ -23,7 +23,7 @@ def read_sources(
     caches: Sequence[RegistrationCache],
     num_threads: int = 1,
 ) -> dict[str, Source]:
-    """Stamp, checksum of the image and axes of each case.
+    """Stamp, checksum and shape of the image and axes of each case.
 
     Opens the files of a case only if no record of its registrations knows them as they are.
 
@@ -35,7 +35,7 @@ def read_sources(
         num_threads: How many files are read at the same time.
 
     Returns:
-        Case to ``stamp``, ``digest`` and ``axes``.
+        Case to ``stamp``, ``digest``, ``shape`` and ``axes``.
 
     Raises:
         OneShotError: An image cannot be read.
@@ -45,13 +45,22 @@ def read_sources(
         stamp = prepared.stamp(case)
         for cache in caches:
             for atlas in atlases:
-                known = (cache.record(atlas, case) or {}).get("sources")
-                if isinstance(known, dict) and known.get("stamp") == stamp and {"digest", "axes"} <= known.keys():
+                known = (cache.record(atlas, case) or {}).get("sources", {})
+                if known.get("stamp") == stamp and {"digest", "shape", "axes"} <= known.keys() and _fits(known):
                     return known
-        return {"stamp": stamp, "digest": prepared.digest(case), "axes": prepared.axes(case).tolist()}
+        return {
+            "stamp": stamp,
+            "digest": prepared.digest(case),
+            "shape": list(prepared.shape(case)),
+            "axes": prepared.axes(case).tolist(),
+        }
 
     with ThreadPoolExecutor(max(1, num_threads)) as executor:
         return dict(zip(cases, executor.map(read, cases), strict=True))
+
+
+def _fits(source: Source) -> bool:
+    return [len(row) for row in source["axes"]] == [3, 3, 3] and len(source["shape"]) == 3
 
 
 def axes_in(source: Mapping[str, Any]) -> np.ndarray:

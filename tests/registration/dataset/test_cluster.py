@@ -72,7 +72,7 @@ def test_a_worker_that_dies_is_told_with_its_pair(dataset, monkeypatch):
     dask, distributed = pytest.importorskip("dask"), pytest.importorskip("distributed")
     prepared = PreparedDataset.open(dataset=dataset.id, plans_name=PLANS, configuration="3d_fullres")
     work = DyingWork(prepared, OneShotConfig(), torch.device("cpu"), RegistrationCache(prepared.base), {})
-    pair = Pair("case_00", "case_01", "key", {})
+    pair = Pair("case_00", "case_01", "key", {}, ((4, 4, 4), (4, 4, 4)))
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
         distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as started,

@@ -130,13 +130,13 @@ def _check_folder(folder: Path) -> None:
     description = folder / "dataset.json"
     if not description.is_file():
         return
-    content = load_json_checked(description, "the data set's description")
-    if isinstance(content, dict) and "file_ending" in content:
+    content = load_json_checked(description, "the data set's description", dict)
+    if "file_ending" in content:
         raise OneShotError(
             f"{folder} is a data set in nnU-Net's format already: lay it into nnUNet_raw, and go on with "
             f"`nnunet_oneshot plan_and_preprocess`."
         )
-    if isinstance(content, dict) and "training" in content:
+    if "training" in content:
         raise OneShotError(
             f"{folder} is a data set in the format of the Medical Segmentation Decathlon: convert it with "
             f"`nnUNetv2_convert_MSD_dataset -i {folder}` (one of the first nnU-Net: "

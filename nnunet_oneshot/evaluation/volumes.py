@@ -129,4 +129,4 @@ def description_of(folder: Path) -> dict[str, Any]:
         raise OneShotError(
             f"{folder} and the folder above hold no dataset.json, which names the labels: copy that of the data set."
         )
-    return check_description(load_json_checked(path, "the data set's description"), path)
+    return check_description(load_json_checked(path, "the data set's description", dict), path)

@@ -162,7 +162,7 @@ def test_command_goes_on_with_a_training_of_one_process(prepare, short, monkeypa
     # The end of its process would do so.
     (lock,) = dataset.results.rglob("training.lock")
     free(lock)
-    folder = train(dataset, name, monkeypatch, continue_training=True)
+    folder = train(dataset, name, monkeypatch, continue_training=True, val_with_best=True)
     logging = torch.load(folder / "checkpoint_final.pth", weights_only=False)["logging"]
     assert len(logging["train_losses"]) == 2
     summary = json.loads((folder / "validation" / "summary.json").read_text())

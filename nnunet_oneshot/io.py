@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from nnunet_oneshot.errors import OneShotError, shown
 
+CACHE_VARIABLE = "nnUNet_oneshot_cache"
 # A folder of more entries than this is not searched for leftovers again before so many seconds have passed: else the
 # cost of writing many files into one folder would grow with the square of their number.
 _MANY_ENTRIES, _PAUSE_SECONDS = 500, 10.0
@@ -313,7 +314,36 @@ def writing(target: str | os.PathLike) -> Iterator[None]:
         raise OneShotError(
             f"Cannot write {path} ({error.strerror or error}): the folder must exist, be writable and have space left. "
             f"Free space, change its permissions, or point nnU-Net's environment variables at another folder."
+            f"{_advice_for_shared_data(path)}"
         ) from error
+
+
+def _advice_for_shared_data(path: str | os.PathLike) -> str:
+    """What to do about a path in preprocessed data that cannot be written; empty for any other."""
+    shared = os.environ.get("nnUNet_preprocessed")
+    if not shared or Path(shared).absolute() not in Path(path).absolute().parents:
+        return ""
+    return f" A folder named by {CACHE_VARIABLE} takes what registration and training add to preprocessed data."
+
+
+def kept_folder(dataset_folder: str | os.PathLike) -> Path:
+    """Where registration and training keep what belongs to a preprocessed dataset.
+
+    That is the folder itself, or one of its name in the folder that ``nnUNet_oneshot_cache`` names, which is made.
+
+    Args:
+        dataset_folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
+
+    Raises:
+        OneShotError: It cannot be made.
+    """
+    named, folder = os.environ.get(CACHE_VARIABLE), Path(dataset_folder)
+    if not named:
+        return folder
+    kept = Path(named).expanduser().absolute() / folder.name
+    with writing(kept):
+        kept.mkdir(parents=True, exist_ok=True)
+    return kept
 
 
 _EXPLANATIONS = {

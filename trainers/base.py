@@ -15,7 +15,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer_module
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_oneshot.checkpoints import (
     load_data,
@@ -35,6 +35,7 @@ from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, 
 from nnunet_oneshot.locks import end_workers_with_this_process, free, take_or_refuse
 from nnunet_oneshot.names import check_name
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
+from nnunet_oneshot.ranks import Ranks
 from nnunet_oneshot.registry import load_modules
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.synthesis.data_loader import PatchError, wrap_workers
@@ -68,6 +69,11 @@ class OneShotTrainer(nnUNetTrainer):
         _check_supported(plans, configuration)
         load_modules()
         self.config = OneShotConfig.from_plans(plans)
+        self.ranks = Ranks()
+        _check_batch(PlansManager(plans).get_configuration(configuration), self.ranks.count)
+        if self.ranks.own:
+            # One run of Weights & Biases for all; this process is that of its rank alone.
+            os.environ["nnUNet_wandb_enabled"] = "0"
         with writing(os.environ["nnUNet_results"]):
             super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.epochs
@@ -94,9 +100,13 @@ class OneShotTrainer(nnUNetTrainer):
         super().initialize()
         self.network = self.place(self.network)
 
+    def run_training(self) -> None:
+        with self.ranks.telling_lost():
+            super().run_training()
+
     def on_train_start(self) -> None:
         # Two trainings in one folder would overwrite each other's checkpoints.
-        take_or_refuse(join(self.output_folder, LOCK_FILE), "training")
+        self._take_lock("training")
         end_workers_with_this_process()
         self._check_settings()
         # nnU-Net copies its fingerprint to the results, and stops where there is none.
@@ -174,7 +184,10 @@ class OneShotTrainer(nnUNetTrainer):
     def roles(self) -> CaseRoles:
         """Atlases, unlabelled and progress cases of the fold, decided and logged when first asked for."""
         if self._roles is None:
-            self._roles = resolve_roles(self.prepared, self.config, self._fold(), self.print_to_log_file)
+            fold = self._fold()
+            self._roles = self.ranks.once(
+                lambda: resolve_roles(self.prepared, self.config, fold, self.print_to_log_file)
+            )
         return self._roles
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
@@ -207,7 +220,8 @@ class OneShotTrainer(nnUNetTrainer):
         )
         validation = self.get_validation_transforms(scales, **targets)
         # A resumed run goes on with other patches than those it started with.
-        *seeds, own = [derive_seed(self.config.seed, self.current_epoch, stream) for stream in range(3)]
+        seed = self.ranks.seed(self.config.seed)
+        *seeds, own = [derive_seed(seed, self.current_epoch, stream) for stream in range(3)]
         loaders = self.build_loaders(training, validation, initial_patch_size, seeds)
         # Whatever was drawn until here (a teacher, registrations that were not cached) leaves training as it is.
         seed_everything(own)
@@ -217,13 +231,21 @@ class OneShotTrainer(nnUNetTrainer):
         return tuple(wrap_workers(*arguments, pin) for arguments in zip(loaders, numbers, seeds, strict=True))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        lock = join(self.output_folder, LOCK_FILE)
-        take_or_refuse(lock, "training or validation")
+        self._take_lock("training or validation")
         try:
-            with self._telling_faults("validation"):
+            with self.ranks.telling_lost(), self._telling_faults("validation"):
                 self._validate(save_probabilities)
         finally:
-            free(lock)
+            free(join(self.output_folder, LOCK_FILE))
+
+    def _take_lock(self, what: str) -> None:
+        lock = join(self.output_folder, LOCK_FILE)
+        self.ranks.once(lambda: take_or_refuse(lock, what))
+
+    def print_to_log_file(self, *args, **options) -> None:
+        # nnU-Net lets all ranks print what is the same in all of them.
+        if self.local_rank == 0:
+            super().print_to_log_file(*args, **options)
 
     def _validate(self, save_probabilities: bool) -> None:
         fold = self._fold()
@@ -236,7 +258,8 @@ class OneShotTrainer(nnUNetTrainer):
             maybe_mkdir_p(join(self.output_folder, "validation"))
             # nnUNetv2_export_model_to_zip wants the file of every fold.
             nothing: dict[str, Any] = {"foreground_mean": {}, "mean": {}, "metric_per_case": []}
-            save_json_atomic(nothing, join(self.output_folder, "validation", "summary.json"))
+            if self.local_rank == 0:
+                save_json_atomic(nothing, join(self.output_folder, "validation", "summary.json"))
             return
         if len(fold.scored) < len(fold.validation):
             self.print_to_log_file(
@@ -257,7 +280,7 @@ class OneShotTrainer(nnUNetTrainer):
 
     def _keep_settings(self) -> None:
         """Stores what is in force beside the checkpoints."""
-        if self.current_epoch == 0 or self._stored_settings() is None:
+        if self.local_rank == 0 and (self.current_epoch == 0 or self._stored_settings() is None):
             now = {"settings": settings_in_force(self.config), "atlases": list(self.roles.atlases)}
             save_json_atomic({**now, "versions": versions()}, join(self.output_folder, SETTINGS_FILE))
 
@@ -309,7 +332,8 @@ class OneShotTrainer(nnUNetTrainer):
         self.prepared.check()
         if self.dataset_class is None:
             self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
-        return self.prepared.fold(self.fold)
+        # It may write splits_final.json.
+        return self.ranks.once(lambda: self.prepared.fold(self.fold))
 
     def _load_images(self) -> tuple[list, list]:
         """Images of the atlases, and of enough unlabelled cases to see how scans of the dataset lie."""
@@ -337,5 +361,14 @@ def _check_supported(plans: dict, configuration: str) -> None:
             f"Configuration {configuration!r} of plans {name!r} is the second stage of a cascade, which the one-shot "
             f"trainers do not support: train 3d_fullres or 3d_lowres."
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise OneShotError("The one-shot trainers run on one device: train with -num_gpus 1.")
+
+
+def _check_batch(configuration: ConfigurationManager, number: int) -> None:
+    """Refuses batches that nnU-Net cannot divide among ``number`` GPUs, before it stops with less to read."""
+    size = configuration.batch_size
+    if size < number or (size % number and configuration.batch_dice):
+        reason = "batch_dice needs equal parts" if size >= number else "each needs one sample or more"
+        raise OneShotError(
+            f"A batch of {size} samples cannot be divided among {number} GPUs ({reason}): give another -num_gpus, or "
+            f"plan with another batch size."
+        )

@@ -12,8 +12,11 @@ from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAu
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch._dynamo import OptimizedModule
+from torch.nn import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_oneshot.distillation.features import decoder_features
+from nnunet_oneshot.distillation.progress import VALUES, ProgressLogger
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, remove_teachers, saving_teacher
 from nnunet_oneshot.precision import autocast
@@ -60,10 +63,15 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = CUDA
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.logger.local_logger = ProgressLogger()
         self._resumed_from: str | None = None
         self._prepared_round = 0
         self._guides = True
         self._step_of_epoch = 0
+        labels = self.label_manager
+        self._trust = np.full(labels.num_segmentation_heads - (not labels.has_regions), np.nan)
+        self._guided_share = 0.0
+        self._shown: list[torch.Tensor] = []
 
     def initialize(self) -> None:
         super().initialize()
@@ -71,7 +79,10 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self._features = torch.compile(decoder_features) if self._do_i_compile() else decoder_features
         settings = self.config.distillation
         teacher = build_teacher(self.configuration_manager, self.num_input_channels)
-        self.distiller = self.place(Distiller(teacher, settings, features=self._features))
+        distiller = Distiller(teacher, settings, features=self._features)
+        # As nnU-Net does with the network.
+        self.distiller = self.place(SyncBatchNorm.convert_sync_batchnorm(distiller) if self.is_ddp else distiller)
+        self.ranks.align(self.distiller)
         self.teacher_optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=settings.teacher_learning_rate)
         self.teacher_scheduler = PolyLRScheduler(
             self.teacher_optimizer, settings.teacher_learning_rate, self.num_epochs
@@ -98,10 +109,10 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self, registrations: RegistrationCache, progress: OneShotDataLoader
     ) -> tuple[RegistrationCache | GuidedRegistrations, Sequence[str] | None]:
         """From the first round on those that the student guides; a resumed training asks the student again."""
-        self._prepared_round = self._round
+        self._prepared_round, self._guided_share = self._round, 0.0
         if self._round == 0 or self._is_complete or not self._guides:
             return registrations, None
-        trust = trust_in(*self._compare(progress))
+        self._trust = trust = trust_in(*self._compare(progress))
         # A student that knows no label yet is asked again in the next round.
         if not trust.any():
             self.print_to_log_file("The student and the registrations agree on no label well enough yet for a guide.")
@@ -115,10 +126,13 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             trust=trust,
         )
         cases, folder = self._round_cases, join(self.output_folder, FOLDER)
-        guided = self.registrar.register_again(cases, first=registrations, guide=student, folder=folder)
+        guided = self.ranks.once(
+            lambda: self.registrar.register_again(cases, first=registrations, guide=student, folder=folder)
+        )
         pairs = [(atlas, case) for atlas in self.roles.atlases for case in cases if atlas != case]
         chosen = kept_of(registrations, guided, pairs)
         self._guides = bool(chosen.kept)
+        self._guided_share = len(chosen.kept) / max(1, len(pairs))
         ended = "" if self._guides else " There is no further round."
         compared = "held-out" if self.roles.held_out else "training (none is held out)"
         self.print_to_log_file(
@@ -152,6 +166,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             self._renew_loaders()
         super().on_train_epoch_start()
         self._step_of_epoch = 0
+        self._shown.clear()
         self.distiller.train()
         self.teacher_scheduler.step(self.current_epoch)
 
@@ -162,6 +177,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             target = [part.to(self.device, non_blocking=True) for part in target]
         else:
             target = target.to(self.device, non_blocking=True)
+        self._shown.append(batch["from_real"])
         target = self._corrected(target, real, batch["from_real"])
         self.optimizer.zero_grad(set_to_none=True)
         self.teacher_optimizer.zero_grad(set_to_none=True)
@@ -193,22 +209,39 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         # nnU-Net collates what all steps have.
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
-        if not self.distiller.teaches:
-            return
-        taught = [output for output in train_outputs if "hint" in output]
-        hint, reconstruction = (np.mean([output[name] for output in taught]) for name in ("hint", "reconstruction"))
-        self.print_to_log_file(
-            f"hint {hint:.4f} (weight {self._hint_weight():.4f}), reconstruction {reconstruction:.4f}"
+        taught = self.ranks.gathered([output for output in train_outputs if "hint" in output])
+        hint, reconstruction = (
+            np.mean([output[name] for output in taught]) if taught else np.nan for name in ("hint", "reconstruction")
         )
+        self._log(hint=hint, reconstruction=reconstruction)
+        if self.distiller.teaches:
+            self.print_to_log_file(
+                f"hint {hint:.4f} (weight {self._hint_weight():.4f}), reconstruction {reconstruction:.4f}"
+            )
+
+    def _log(self, **losses: float) -> None:
+        """Gives nnU-Net's logger one value of each of `VALUES` for the epoch."""
+        shown = torch.cat(self.ranks.gathered(self._shown)).float().mean() if self._shown else np.nan
+        values = {
+            **losses,
+            "trust": self._trust.tolist(),
+            "real_share": shown,
+            "guided_share": self._guided_share,
+            "rounds": self._prepared_round,
+        }
+        for name in VALUES:
+            value = values[name]
+            self.logger.log(name, value if isinstance(value, list) else float(value), self.current_epoch)
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        remove_teachers(self.output_folder)
+        if self.local_rank == 0:
+            remove_teachers(self.output_folder)
 
     def save_checkpoint(self, filename: str) -> None:
         epoch = self.current_epoch + 1
         # After the last epoch nothing goes on from the checkpoint.
-        if self.disable_checkpointing or epoch >= self.num_epochs:
+        if self.local_rank != 0 or self.disable_checkpointing or epoch >= self.num_epochs:
             super().save_checkpoint(filename)
             return
         with saving_teacher(filename, self.distiller, self.teacher_optimizer, epoch):
@@ -248,14 +281,15 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
         The same patches whenever it is asked: as many as `_COMPARED_VOXELS` make, within `_COMPARED_PATCHES`.
         """
-        seed_everything(derive_seed(self.config.seed, 3))
+        seed_everything(derive_seed(self.ranks.seed(self.config.seed), 3))
         wanted = _COMPARED_VOXELS // int(np.prod(self.configuration_manager.patch_size))
         number = int(np.clip(wanted, *_COMPARED_PATCHES))
         counts: dict[str, list[dict]] = {"data": [], "real": []}
         network, self.network = self.network, self.distiller.averaged.module.eval()
         try:
             with torch.no_grad():
-                for _ in range(-(-number // self.batch_size)):
+                # Of each batch of the plans every rank has its part.
+                for _ in range(-(-number // self.configuration_manager.batch_size)):
                     batch = next(progress)
                     for name, found in counts.items():
                         # nnU-Net's step clears ignored voxels of the target that it is given.
@@ -263,7 +297,8 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                         found.append(self.validation_step({"data": batch[name], "target": target}))
         finally:
             self.network = network
-        return pooled_dice(counts["data"]), pooled_dice(counts["real"])
+        synthetic, real = (pooled_dice(self.ranks.gathered(counts[name])) for name in ("data", "real"))
+        return synthetic, real
 
     def _train_teacher(self) -> None:
         """Trains the teacher alone, on the real patches that the student's loader gives."""
@@ -295,8 +330,9 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
 
     def _student(self) -> torch.nn.Module:
-        """The network itself, without the wrapper of ``torch.compile``."""
-        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        """The network itself, without the wrappers of ``torch.compile`` and of several GPUs."""
+        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
 
     def _hint_weight(self) -> float:
         return self.distiller.hint_weight(self.current_epoch / self.num_epochs)
@@ -315,6 +351,8 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         for module, optimizer in pairs:
             if all(parameter.grad is None for parameter in module.parameters()):
                 continue
+            # Both networks run past nnU-Net's wrapper for several GPUs, which would average the gradients.
+            self.ranks.average_gradients(module)
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(module.parameters(), _GRADIENT_NORM)

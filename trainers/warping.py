@@ -41,7 +41,8 @@ class WarpingTrainer(OneShotTrainer):
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         self.roles.require_unlabelled()
         self._check_guide()
-        registrations = self.registrar.register(sorted({*self.roles.unlabelled, *self.roles.progress}), fold=self.fold)
+        cases = sorted({*self.roles.unlabelled, *self.roles.progress})
+        registrations = self.ranks.once(lambda: self.registrar.register(cases, fold=self.fold))
         settings = PatchSettings(
             batch_size=self.batch_size,
             initial_patch_size=self.configuration_manager.patch_size,

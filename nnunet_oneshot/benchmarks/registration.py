@@ -268,7 +268,7 @@ def choose_pairs(
     if atlases:
         check_labelled(atlases, prepared.identifiers, prepared.labelled, "given with --atlas")
     else:
-        choice = resolve_atlases(prepared.base, config, own, prepared.image_in_common_order)
+        choice = resolve_atlases(prepared.base, config, own, prepared.image_in_common_order, kept=prepared.kept)
         log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
         atlases = choice.atlases
     if cases is None:

@@ -54,7 +54,7 @@ def judge_round(prepared: PreparedDataset, training: Path, out: Path) -> list[tu
     without = sorted(set(cases) - set(prepared.labelled))
     if without:
         raise OneShotError(f"{', '.join(without)} have no label in {prepared.labels_folder}: nothing can be judged.")
-    first = RegistrationCache(prepared.base / FOLDER / prepared.folder.name)
+    first = RegistrationCache(prepared.kept / FOLDER / prepared.folder.name)
     registrar = DatasetRegistrar(prepared, config, [atlas], torch.device("cpu"))
     scores = [
         _scores(registrar, method, cache, cases, out / f"{name}_{method}")

@@ -120,7 +120,7 @@ def cache_size(prepared: PreparedDataset) -> dict[str, Any]:
     Raises:
         OneShotError: None is.
     """
-    folder = prepared.base / FOLDER / prepared.folder.name
+    folder = prepared.kept / FOLDER / prepared.folder.name
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".npz", ".json", ".png")]
     cases = [path.stem for path in files if path.suffix == ".npz"]
     if not cases:

@@ -46,7 +46,12 @@ class AtlasChoice:
 
 
 def resolve_atlases(
-    dataset_folder: str | Path, config: OneShotConfig, fold: Fold, image_loader: Callable[[str], np.ndarray]
+    dataset_folder: str | Path,
+    config: OneShotConfig,
+    fold: Fold,
+    image_loader: Callable[[str], np.ndarray],
+    *,
+    kept: Path | None = None,
 ) -> AtlasChoice:
     """The atlases of a fold: those the plans name, else those of ``oneshot_atlas.json``, else chosen without labels.
 
@@ -58,6 +63,7 @@ def resolve_atlases(
         config: Its ``atlases``, where set, come first.
         fold: The fold's cases.
         image_loader: Gives a case's image, (C, X, Y, Z); called only when a choice among several is to be made.
+        kept: Where the file is looked for and written if the dataset's folder has none; None is that folder.
 
     Raises:
         OneShotError: A named atlas is unknown, unlabelled or in the fold's validation part, or the file is damaged.
@@ -65,15 +71,18 @@ def resolve_atlases(
     if config.atlases is not None:
         where = 'named in the plans\' "oneshot" block'
         return AtlasChoice(check_named(config.atlases, fold, where), where)
-    path = Path(dataset_folder) / ATLAS_FILE
+    path, kept = Path(dataset_folder) / ATLAS_FILE, kept or Path(dataset_folder)
+    is_shared = path.is_file() and kept != path.parent
+    if not path.is_file():
+        path = kept / ATLAS_FILE
     if not path.is_file():
         # Once for all folds, by those of the first, so that it does not matter which is trained first.
-        first = resolve_fold(dataset_folder, [*fold.train, *fold.validation], fold.labelled, 0)
+        first = resolve_fold(dataset_folder, [*fold.train, *fold.validation], fold.labelled, 0, kept=kept)
         choice = _choose(first, image_loader)
         # Where every labelled case serves, the file names them all: each fold then leaves out its own validation cases.
         partly = set(fold.labelled) < {*fold.train, *fold.validation}
         names = sorted(fold.labelled) if partly else choice.atlases
-        save_choice(dataset_folder, names, by_user=False, how=choice.how)
+        save_choice(kept, names, by_user=False, how=choice.how)
         if set(choice.atlases) <= set(fold.train) and not partly:
             return choice
     stored = _read(path)
@@ -87,7 +96,9 @@ def resolve_atlases(
     choice = _choose(fold, image_loader)
     how = f"{choice.how}; for fold {fold.number} only, whose training part lacks {listed(entry['atlases'])}"
     stored.setdefault("folds", {})[str(fold.number)] = _entry(choice.atlases, by_user=False, how=how)
-    save_json_atomic(stored, path)
+    # Others' file is left alone: the same is chosen the next time.
+    if not is_shared:
+        save_json_atomic(stored, path)
     return AtlasChoice(choice.atlases, how)
 
 

@@ -28,7 +28,7 @@ from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.data.written import check_written_cases
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.io import load_json_checked, require_env
+from nnunet_oneshot.io import kept_folder, load_json_checked, require_env
 from nnunet_oneshot.names import check_name, inside
 
 # Images and properties; the label of an image in `.npz` lies in the same file.
@@ -130,6 +130,11 @@ class PreparedDataset:
         return inside(self.base, self.configuration_manager.data_identifier, "data_identifier", where)
 
     @property
+    def kept(self) -> Path:
+        """Folder of what registration and training add to the dataset; see `kept_folder`."""
+        return kept_folder(self.base)
+
+    @property
     def file_ending(self) -> str:
         """Suffix of images and labels, such as ``.nii.gz``."""
         return self.dataset_json["file_ending"]
@@ -163,7 +168,7 @@ class PreparedDataset:
 
     def fold(self, number: int | str) -> Fold:
         """Cases of a fold; see `nnunet_oneshot.data.splits.resolve_fold`."""
-        return resolve_fold(self.base, self.identifiers, self.labelled, number)
+        return resolve_fold(self.base, self.identifiers, self.labelled, number, kept=self.kept)
 
     def image(self, case: str) -> np.ndarray:
         """Preprocessed image (C, X, Y, Z) float32, as a network of nnU-Net sees it."""

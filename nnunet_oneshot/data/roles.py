@@ -94,7 +94,9 @@ def resolve_roles(
     Raises:
         OneShotError: See `nnunet_oneshot.data.atlas.resolve_atlases`.
     """
-    roles = assign_roles(resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order), fold, config)
+    roles = assign_roles(
+        resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order, kept=prepared.kept), fold, config
+    )
     for sentence in roles.sentences():
         log(sentence)
     if BLOCK not in prepared.plans and len(fold.labelled) > len(roles.atlases):

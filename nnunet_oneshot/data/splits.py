@@ -57,7 +57,12 @@ def fold_number(text: int | str) -> int | str:
 
 
 def resolve_fold(
-    dataset_folder: str | Path, identifiers: Sequence[str], labelled: Sequence[str], number: int | str
+    dataset_folder: str | Path,
+    identifiers: Sequence[str],
+    labelled: Sequence[str],
+    number: int | str,
+    *,
+    kept: Path | None = None,
 ) -> Fold:
     """Training and validation cases of a fold; writes ``splits_final.json`` where it is missing.
 
@@ -67,6 +72,7 @@ def resolve_fold(
         labelled: Those of them that are labelled.
         number: A fold's number or ``"all"`` (everything is training, nothing validation). A number beyond the file gets
             nnU-Net's seeded 80:20 split, in which a labelled and a further case stay in the training part.
+        kept: Where the file is looked for and written if the dataset's folder has none; None is that folder.
 
     Raises:
         OneShotError: There is no label or only one case, or ``splits_final.json`` does not fit the data set.
@@ -83,6 +89,8 @@ def resolve_fold(
     if number == "all":
         return Fold(number, cases, [], labelled)
     path = folder / SPLITS_FILE
+    if kept is not None and not path.is_file():
+        path = kept / SPLITS_FILE
     if not path.is_file():
         save_json_atomic(create_splits(cases, labelled), path)
     splits = read_splits(path)

@@ -224,7 +224,7 @@ def _atlas_choices(
 ) -> Iterator[tuple[str, ...]]:
     """The atlases of each run of a fold."""
     if not atlases:
-        choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order)
+        choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order, kept=prepared.kept)
         log(f"Atlas of fold {fold.number}: {', '.join(choice.atlases)} ({choice.how})")
         yield tuple(choice.atlases)
         return

@@ -99,7 +99,7 @@ def propagate(
     files = None if images is None else _checked_images(prepared, Path(images), log)
     if images is None:
         _check_references(prepared, own.scored)
-    choice = resolve_atlases(prepared.base, config, own, prepared.image_in_common_order)
+    choice = resolve_atlases(prepared.base, config, own, prepared.image_in_common_order, kept=prepared.kept)
     log(f"Atlas: {', '.join(choice.atlases)} ({choice.how})")
     out = Path(out).absolute()
     with writing(out):
@@ -276,7 +276,7 @@ class Propagator:
         """Atlas and figures of the registrations to training cases that are kept, for comparison with new images."""
         if self.registrations is not None:
             return []
-        cache = RegistrationCache(self.prepared.base / FOLDER / self.prepared.folder.name)
+        cache = RegistrationCache(self.prepared.kept / FOLDER / self.prepared.folder.name)
         pairs = [(atlas, case) for atlas in self.atlases for case in self.prepared.identifiers if case != atlas]
         return [(a, cache.quality(a, c)) for a, c in pairs if cache.path(a, c, ".json").is_file()]
 

@@ -213,6 +213,8 @@ def _checked_shapes(arrays: NpzFile) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for name, shape in shapes.items():
         if shape.dtype.kind not in "iu" or shape.shape != (4 if name == "velocity_shape" else 3,) or shape.min() < 1:
             raise ValueError(f"{name} is {shape.tolist()}")
+    if arrays.zip is None:
+        raise ValueError("the file was closed")
     with arrays.zip.open("velocity_bytes.npy") as file:
         np.lib.format.read_magic(file)
         stored, _, dtype = np.lib.format.read_array_header_1_0(file)

@@ -64,7 +64,7 @@ def register(
     for name in folds:
         fold = prepared.fold(name)
         with _alone(prepared, part):
-            choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order)
+            choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order, kept=prepared.kept)
         print(f"Fold {name}: atlas {', '.join(choice.atlases)} ({choice.how})")
         registrar = DatasetRegistrar(
             prepared,
@@ -83,4 +83,4 @@ def _alone(prepared: PreparedDataset, part: Part) -> AbstractContextManager[None
     """Of parts that begin at the same time one chooses the atlas, and the others find its choice."""
     if part.count == 1:
         return nullcontext()
-    return waiting_for(prepared.base / "oneshot_atlas.lock", print, f"choice of the atlas of {prepared.name}")
+    return waiting_for(prepared.kept / "oneshot_atlas.lock", print, f"choice of the atlas of {prepared.name}")

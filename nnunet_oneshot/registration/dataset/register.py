@@ -90,7 +90,7 @@ class DatasetRegistrar:
         """
         settings = self.config.registration
         guide = guided_by(settings, self.prepared, fold=fold, device=self.device)
-        folder = self.prepared.base / FOLDER / self.prepared.folder.name
+        folder = self.prepared.kept / FOLDER / self.prepared.folder.name
         cache = RegistrationCache(folder if guide is None else guided_folder(folder, guide.digest))
         return _Pass(self, self.config, cache, networks=folder, guide=guide, figures=figures).run(cases, part)
 

@@ -70,7 +70,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         # nnU-Net compiles the network's forward pass, which gives no features: the function that does is compiled.
         self._features = torch.compile(decoder_features) if self._do_i_compile() else decoder_features
         settings = self.config.distillation
-        teacher = build_teacher(self.configuration_manager, self.num_input_channels)
+        teacher = build_teacher(self.configuration_manager, self.prepared.num_channels)
         self.distiller = self.place(Distiller(teacher, settings, features=self._features))
         self.teacher_optimizer = torch.optim.AdamW(self.distiller.parameters(), lr=settings.teacher_learning_rate)
         self.teacher_scheduler = PolyLRScheduler(
@@ -256,7 +256,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         try:
             with torch.no_grad():
                 for _ in range(-(-number // self.batch_size)):
-                    batch = next(progress)
+                    batch = self._with_previous(next(progress))
                     for name, found in counts.items():
                         # nnU-Net's step clears ignored voxels of the target that it is given.
                         target = copy.deepcopy(batch["target"])
@@ -264,6 +264,13 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         finally:
             self.network = network
         return pooled_dice(counts["data"]), pooled_dice(counts["real"])
+
+    def _with_previous(self, batch: dict) -> dict:
+        """A batch whose real patches hold what the student sees of them: in a cascade also the first stage's labels."""
+        if "previous" not in batch:
+            return batch
+        one_hot = [batch["previous"] == label for label in self.label_manager.foreground_labels]
+        return {**batch, "real": torch.cat([batch["real"], *one_hot], dim=1)}
 
     def _train_teacher(self) -> None:
         """Trains the teacher alone, on the real patches that the student's loader gives."""

@@ -12,6 +12,11 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
 from nnunet_oneshot.errors import OneShotError
 
+_PREPROCESS = (
+    "Preprocess the dataset again with `nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, "
+    "`nnUNetv2_preprocess`."
+)
+
 
 def open_image(folder: str, case: str):
     """The preprocessed image of a case; the file of its label is not opened.
@@ -26,7 +31,7 @@ def open_image(folder: str, case: str):
     Raises:
         OneShotError: The image is missing or unreadable.
     """
-    return _open(folder, case, "", "image", "data")
+    return open_array(folder, case, what="preprocessed image", key="data")
 
 
 def load_image(folder: str, case: str) -> np.ndarray:
@@ -47,7 +52,7 @@ def load_segmentation(folder: str, case: str) -> np.ndarray:
     Raises:
         OneShotError: The file is missing or unreadable.
     """
-    return _open(folder, case, "_seg", "label", "seg")[:]
+    return open_array(folder, case, "_seg", what="preprocessed label", key="seg")[:]
 
 
 def load_properties(folder: str, case: str) -> dict[str, Any]:
@@ -58,19 +63,32 @@ def load_properties(folder: str, case: str) -> dict[str, Any]:
     """
     path = Path(folder) / f"{case}.pkl"
     # An unreadable pickle may raise anything.
-    with _reading("properties", path, Exception):
+    with _reading("preprocessed properties", path, _PREPROCESS, Exception):
         properties = load_pickle(str(path))
         if not isinstance(properties, dict):
             raise ValueError("it holds something else")
         return properties
 
 
-def _open(folder: str, case: str, suffix: str, what: str, key: str):
+def open_array(folder: str, case: str, suffix: str = "", *, what: str, key: str, advice: str = _PREPROCESS):
+    """An array of a case in one of nnU-Net's formats, which may lie on disk.
+
+    Args:
+        folder: Where it lies.
+        case: Name of the case.
+        suffix: Of the file's name, before its ending.
+        what: What it is, for the error.
+        key: Its name in ``.npz``.
+        advice: A sentence for the error that says what to do.
+
+    Raises:
+        OneShotError: It is missing or unreadable.
+    """
     import blosc2
 
     base = Path(folder)
     path = base / f"{case}{suffix}.b2nd"
-    with _reading(what, path, OSError, RuntimeError, ValueError, KeyError, EOFError):
+    with _reading(what, path, advice, OSError, RuntimeError, ValueError, KeyError, EOFError):
         if path.is_file():
             return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})
         if (path := base / f"{case}{suffix}.npy").is_file():
@@ -80,15 +98,12 @@ def _open(folder: str, case: str, suffix: str, what: str, key: str):
 
 
 @contextmanager
-def _reading(what: str, path: Path, *failures: type[Exception]) -> Iterator[None]:
-    """Turns a failure to read a file of a preprocessed case into an `OneShotError` that names it."""
+def _reading(what: str, path: Path, advice: str, *failures: type[Exception]) -> Iterator[None]:
+    """Turns a failure to read a file of a case into an `OneShotError` that names it."""
     try:
         yield
     except failures as error:
-        raise OneShotError(
-            f"The preprocessed {what} {path} cannot be read ({error}). Preprocess the dataset again with "
-            f"`nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, `nnUNetv2_preprocess`."
-        ) from error
+        raise OneShotError(f"The {what} {path} cannot be read ({error}). {advice}") from error
 
 
 def check_preprocessed(folder: str, configuration: str) -> None:

@@ -265,7 +265,6 @@ class OneShotPlannerMixin(ExperimentPlanner):
                     self.kept_block = True
         save_json_atomic(plans, self.plans_file)
 
-
     def _add_second_stage(self, configurations: dict[str, Any], plan: dict[str, Any]) -> None:
         """Makes a configuration the second stage of the wide view, instead of one that nnU-Net planned for its own."""
         configurations.get("3d_lowres", {}).pop("next_stage", None)

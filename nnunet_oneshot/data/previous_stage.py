@@ -1,4 +1,4 @@
-"""What the first stage of a cascade leaves to the second: its segmentations, in the grid of the second stage's images."""
+"""What the first stage of a cascade leaves to the second: segmentations in the grid of its images."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from torch.nn.functional import interpolate
 from nnunet_oneshot.registration.pair.warp import sample_labels
 
 # Range of the standard deviation of a border's displacement, and the distance over which it changes; in voxels of the
-# first stage. nnU-Net's own corruptions, which come on top, leave most labels of most patches as they are.
-_DISPLACEMENT = (0.25, 1.5)
+# first stage. What it leaves agrees with the label about as well as one-shot students do. nnU-Net's own corruptions,
+# which come on top, change few labels.
+_DISPLACEMENT = (0.5, 1.5)
 _DISTANCE = 4.0
 
 

@@ -149,8 +149,7 @@ def test_patch_covers_a_row_of_structures_that_look_alike(dataset, planner):
     second = PlansManager(json.loads(made.plans_file.read_text())).get_configuration("3d_cascade_fullres")
     assert second.previous_stage_name == "3d_fullres"
     assert second.data_identifier == f"{NAMES[planner.__name__]}_3d_cascade_fullres"
-    assert list(second.spacing) == plain["3d_fullres"]["spacing"].tolist()
-    assert list(second.patch_size) == list(plain["3d_fullres"]["patch_size"])
+    assert list(second.spacing) == list(plain["3d_fullres"]["spacing"])
 
 
 def test_spacing_that_the_user_names_is_kept_and_a_row_that_fits_changes_nothing(dataset):

@@ -15,7 +15,6 @@ from nnunet_oneshot.cli import main
 from nnunet_oneshot.errors import OneShotError
 
 PLANS, FIRST, SECOND = "nnUNetOneShotCPUPlans", "3d_lowres", "3d_cascade_fullres"
-NAMES = ["OneShotAtlasTrainer", "OneShotPropagationTrainer", "OneShotSynthesisTrainer"]
 
 
 @pytest.fixture(autouse=True)
@@ -78,43 +77,51 @@ def log_of(folder):
     return "\n".join(path.read_text() for path in sorted(folder.glob("training_log_*.txt")))
 
 
-def predict(folder, images, out, *options):
-    from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder
+def predict(dataset, name, configuration, out, *options):
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 
-    arguments = ["predict", "-i", images, "-o", out, "-m", folder.parent, "-f", "0", "-device", "cpu", *options]
+    arguments = ["-i", dataset.raw / "imagesTr", "-o", out, "-d", dataset.id, "-c", configuration, "-tr", name]
+    arguments += ["-p", PLANS, "-f", 0, "-device", "cpu", "-npp", 0, "-nps", 0, *options]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [str(argument) for argument in [*arguments, "-npp", "1", "-nps", "1"]])
-        predict_entry_point_modelfolder()
+        patch.setattr("sys.argv", ["nnUNetv2_predict", *map(str, arguments)])
+        predict_entry_point()
+    return out
 
 
-def test_both_stages_are_trained_and_predict(cascade, short, tmp_path, monkeypatch):
-    import nnunet_oneshot.trainers.distill as module
-
-    dataset, name = cascade(), "OneShotDistillTrainer_5epochs"
+def test_both_stages_are_trained_and_predict(cascade, short, tmp_path):
+    dataset, name = cascade(), "OneShotSynthesisTrainer_1epoch"
     train(dataset, name, FIRST)
     left = left_to_second_stage(dataset, name)
     assert sorted(path.name for path in left.iterdir()) == [f"{case}.b2nd" for case in dataset.cases]
-    # So that a round takes place, in which the student segments whole cases.
-    monkeypatch.setattr(module, "trust_in", lambda synthetic, real: np.ones(len(synthetic)))
-    monkeypatch.setattr(module, "_COMPARED_PATCHES", (2, 2))
     folder = train(dataset, name, SECOND)
     entrance = next(value for value in weights(folder).values() if value.ndim == 5)
     assert entrance.shape[1] == 1 + 2
-    assert "Registration is guided by the segmentations of the averaged student" in log_of(folder)
     summary = json.loads((folder / "validation" / "summary.json").read_text())
     assert len(summary["metric_per_case"]) == 2
-    images, first, second = dataset.raw / "imagesTr", tmp_path / "first", tmp_path / "second"
-    predict(model(dataset, name, FIRST) / "fold_0", images, first)
-    predict(folder, images, second, "-prev_stage_predictions", first)
+    first = predict(dataset, name, FIRST, tmp_path / "first")
+    second = predict(dataset, name, SECOND, tmp_path / "second", "-prev_stage_predictions", first)
     assert read_image(second / "case_00.nii.gz").shape == read_image(dataset.image("case_00")).shape
+    export = ["export", "-d", str(dataset.id), "-c", SECOND, "-tr", name, "-p", PLANS, "-o", str(tmp_path / "model")]
+    assert main(export) == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_other_trainer_learns_from_one_label(name, cascade, short):
-    name = f"{name}_1epoch"
+@pytest.mark.parametrize("name", ["OneShotAtlasTrainer_1epoch", "OneShotPropagationTrainer_1epoch"])
+def test_other_trainers_learn_from_one_label(name, cascade, short):
     dataset = cascade(labelled=("case_00",))
     pretend_first_stage(dataset, name)
     folder = train(dataset, name, SECOND)
+    assert all(torch.isfinite(value).all() for value in weights(folder).values())
+
+
+def test_the_student_segments_whole_cases_for_a_round(cascade, short, monkeypatch):
+    import nnunet_oneshot.trainers.distill as module
+
+    dataset, name = cascade(labelled=("case_00",), n_cases=3), "OneShotDistillTrainer_5epochs"
+    pretend_first_stage(dataset, name)
+    monkeypatch.setattr(module, "trust_in", lambda synthetic, real: np.ones(len(synthetic)))
+    monkeypatch.setattr(module, "_COMPARED_PATCHES", (2, 2))
+    folder = train(dataset, name, SECOND)
+    assert "Registration is guided by the segmentations of the averaged student" in log_of(folder)
     assert all(torch.isfinite(value).all() for value in weights(folder).values())
 
 

@@ -167,16 +167,24 @@ def _compare(source: Path, model: Path, *, folds: Sequence[str], images: str | P
 
 
 def _logits(predictor, image: np.ndarray, spacing: Sequence[float]) -> torch.Tensor:
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-    data, _, _ = preprocessor.run_case_npy(
-        image,
-        None,
-        {"spacing": list(spacing)},
+    from nnunetv2.inference.data_iterators import PreprocessAdapterFromNpy
+
+    previous = None
+    if predictor.configuration_manager.previous_stage_name is not None:
+        # Both models are shown the same, whatever it is.
+        labels = [0, *predictor.label_manager.foreground_labels]
+        previous = np.random.default_rng(0).choice(labels, (1, *image.shape[1:])).astype(np.int16)
+    adapter = PreprocessAdapterFromNpy(
+        [image],
+        [previous],
+        [{"spacing": list(spacing)}],
+        [None],
         predictor.plans_manager,
-        predictor.configuration_manager,
         predictor.dataset_json,
+        predictor.configuration_manager,
+        num_threads_in_multithreaded=1,
     )
-    return predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data))
+    return predictor.predict_logits_from_preprocessed_data(next(adapter)["data"])
 
 
 def _test_images(predictor, images: str | Path | None):

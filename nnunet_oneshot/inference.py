@@ -17,7 +17,7 @@ from nnunet_oneshot.data.description import check_description
 from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
-from nnunet_oneshot.io import load_json_checked
+from nnunet_oneshot.io import atomic_folder, load_json_checked, writing
 
 CHECKPOINT = "checkpoint_final.pth"
 
@@ -48,6 +48,39 @@ def foreground_probabilities(predictor, image: np.ndarray) -> np.ndarray:
     logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.ascontiguousarray(image)))
     heads = predictor.label_manager.apply_inference_nonlin(logits.float()).numpy()
     return heads if predictor.label_manager.has_regions else heads[1:]
+
+
+def predict_for_next_stage(
+    predictor, prepared: PreparedDataset, following: PreparedDataset, cases: Sequence[str], folder: Path
+) -> None:
+    """Writes the segmentations that the second stage of a cascade sees, as nnU-Net's validation writes them.
+
+    Args:
+        predictor: nnU-Net's, with the network of the first stage.
+        prepared: What this network segments.
+        following: The dataset as the second stage has it; the segmentations get the grid of its images.
+        cases: Cases of both.
+        folder: Where the segmentations go; an existing folder is replaced once all are there.
+
+    Raises:
+        OneShotError: A case cannot be read, or the folder cannot be written.
+    """
+    from nnunetv2.inference.export_prediction import resample_and_save
+
+    with writing(folder), atomic_folder(folder) as working:
+        for case in cases:
+            image = torch.from_numpy(prepared.network_input(case))
+            resample_and_save(
+                predictor.predict_sliding_window_return_logits(image).cpu(),
+                list(following.shape(case)),
+                str(working / case),
+                prepared.plans_manager,
+                prepared.configuration_manager,
+                prepared.properties(case),
+                prepared.dataset_json,
+                torch.get_num_threads(),
+                type(following.cases),
+            )
 
 
 def build_predictor(

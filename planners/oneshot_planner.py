@@ -29,6 +29,7 @@ _COARSER, _COARSEST = 1.05, 27.0
 _MUCH_COARSER = 2.0
 # Axes with more than so many times finer voxels than the coarsest grow first, as in nnU-Net's low resolution.
 _ANISOTROPIC = 2.0
+_FULLRES, _CASCADE = "3d_fullres", "3d_cascade_fullres"
 
 
 class OneShotPlannerMixin(ExperimentPlanner):
@@ -38,7 +39,8 @@ class OneShotPlannerMixin(ExperimentPlanner):
     student and teacher, copes with cases without label, and adds the ``oneshot`` block to the plans. Where the atlas
     shows a row of structures that look alike, such as vertebrae, and the patch of the 3D full resolution does not cover
     it, the target spacing of 3D grows until it does: a network that sees part of the row cannot tell which part. It
-    also grows until a patch covers ``least_share`` of an image, if that makes images much smaller.
+    also grows until a patch covers ``least_share`` of an image, if that makes images much smaller. nnU-Net's own target
+    spacing is then that of a cascade, whose first stage is this 3D full resolution with its wide view.
 
     Args:
         dataset_name_or_id: Data set.
@@ -86,6 +88,7 @@ class OneShotPlannerMixin(ExperimentPlanner):
         self.kept_block = False
         self.notes: list[str] = []
         self._coarsening = np.ones(3)
+        self._second_stage: dict[str, Any] | None = None
 
     def determine_reader_writer(self) -> type:
         """nnU-Net's reader for the first image; hidden files, which nnU-Net would try too, are no images."""
@@ -152,6 +155,7 @@ class OneShotPlannerMixin(ExperimentPlanner):
         if fewer == 1 or (self._covers_row(first) and fewer < _MUCH_COARSER):
             return
         self._coarsening = grown / spacing
+        self._second_stage = first
         before, after = ([int(edge) for edge in one["patch_size"]] for one in (first, plan))
         coarser, finer = (np.round(edges, 2).tolist() for edges in (grown, spacing))
         if self._covers_row(first):
@@ -167,7 +171,7 @@ class OneShotPlannerMixin(ExperimentPlanner):
             )
         self.notes.append(
             f"the 3D target spacing is {coarser} mm with patches of {after} voxels instead of {finer} mm, since "
-            f"{reason}. -overwrite_target_spacing sets another."
+            f"{reason}. -overwrite_target_spacing sets another, and {_CASCADE} keeps {finer} mm."
         )
 
     def _plan_3d(self, spacing: np.ndarray, known: dict) -> dict[str, Any]:
@@ -246,6 +250,8 @@ class OneShotPlannerMixin(ExperimentPlanner):
         """
         from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
+        if self._second_stage is not None:
+            self._add_second_stage(plans["configurations"], self._second_stage)
         recursive_fix_for_json_export(plans)
         plans[BLOCK] = self.default_config().to_dict()
         plans[NOTE] = FOR_OUR_TRAINERS
@@ -258,6 +264,16 @@ class OneShotPlannerMixin(ExperimentPlanner):
                     plans[BLOCK] = previous[BLOCK]
                     self.kept_block = True
         save_json_atomic(plans, self.plans_file)
+
+    def _add_second_stage(self, configurations: dict[str, Any], plan: dict[str, Any]) -> None:
+        """Makes a configuration the second stage of the wide view, instead of one that nnU-Net planned for its own."""
+        configurations.get("3d_lowres", {}).pop("next_stage", None)
+        configurations[_CASCADE] = {
+            **plan,
+            "data_identifier": self.generate_data_identifier(_CASCADE),
+            "batch_dice": True,
+            "previous_stage": _FULLRES,
+        }
 
 
 class OneShotPlanner(OneShotPlannerMixin, ExperimentPlanner):

@@ -28,7 +28,11 @@ class OneShotAtlasTrainer(OneShotTrainer):
 
         def build(size, transforms) -> nnUNetDataLoader:
             return nnUNetDataLoader(
-                self.dataset_class(self.preprocessed_dataset_folder, list(self.roles.atlases)),
+                self.dataset_class(
+                    self.preprocessed_dataset_folder,
+                    list(self.roles.atlases),
+                    folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
+                ),
                 self.batch_size,
                 size,
                 patch_size,

@@ -13,7 +13,6 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer_module
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -40,6 +39,7 @@ from nnunet_oneshot.registry import load_modules
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.synthesis.data_loader import PatchError, wrap_workers
 from nnunet_oneshot.synthesis.mirroring import decide_mirror_axes
+from nnunet_oneshot.trainers.cascade import CascadeTrainer
 from nnunet_oneshot.versions import versions
 
 CUDA = torch.device("cuda")
@@ -50,7 +50,7 @@ LOCK_FILE = "training.lock"
 _Network = TypeVar("_Network", bound=torch.nn.Module)
 
 
-class OneShotTrainer(nnUNetTrainer):
+class OneShotTrainer(CascadeTrainer):
     """nnU-Net's trainer for one labelled volume; the trainers that users name differ in loaders and losses.
 
     Network, schedule, augmentation, validation and files are nnU-Net's. In training only the atlases' labels are read;
@@ -77,6 +77,7 @@ class OneShotTrainer(nnUNetTrainer):
         with writing(os.environ["nnUNet_results"]):
             super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.epochs
+        self.link_stages()
         self._roles: CaseRoles | None = None
         self._scored_cases: list[str] | None = None
 
@@ -92,17 +93,14 @@ class OneShotTrainer(nnUNetTrainer):
         raise NotImplementedError
 
     def initialize(self) -> None:
-        self.prepared.check()
+        fold = self._fold()
+        self.prepared.check_previous([*fold.train, *fold.validation])
         # With one scale nnU-Net's weights of deep supervision are 0 / 0, and the loss is not a number.
         if len(self.configuration_manager.pool_op_kernel_sizes) < 3:
             self.enable_deep_supervision = False
         seed_everything(self.config.seed)
         super().initialize()
         self.network = self.place(self.network)
-
-    def run_training(self) -> None:
-        with self.ranks.telling_lost():
-            super().run_training()
 
     def on_train_start(self) -> None:
         # Two trainings in one folder would overwrite each other's checkpoints.
@@ -116,7 +114,7 @@ class OneShotTrainer(nnUNetTrainer):
         self._keep_settings()
 
     def run_training(self) -> None:
-        with self._telling_faults("training"):
+        with self.ranks.telling_lost(), self._telling_faults("training"):
             super().run_training()
 
     def on_train_end(self) -> None:
@@ -155,6 +153,7 @@ class OneShotTrainer(nnUNetTrainer):
             plans["plans_name"],
             self.dataset_json,
             self.configuration_name,
+            self.previous_stage,
         )
 
     @contextmanager
@@ -213,6 +212,7 @@ class OneShotTrainer(nnUNetTrainer):
             "foreground_labels": labels.foreground_labels,
             "regions": labels.foreground_regions if labels.has_regions else None,
             "ignore_label": labels.ignore_label,
+            "is_cascaded": self.is_cascaded,
         }
         masks = configuration.use_mask_for_norm
         training = self.get_training_transforms(
@@ -235,6 +235,9 @@ class OneShotTrainer(nnUNetTrainer):
         try:
             with self.ranks.telling_lost(), self._telling_faults("validation"):
                 self._validate(save_probabilities)
+                fold = self._fold()
+                cases = sorted({*fold.train, *fold.validation})
+                self.ranks.once(lambda: self.segment_for_next_stages(self.prepared, cases))
         finally:
             free(join(self.output_folder, LOCK_FILE))
 
@@ -356,11 +359,14 @@ def _check_supported(plans: dict, configuration: str) -> None:
         )
     chosen = PlansManager(plans).get_configuration(configuration)
     check_name(chosen.data_identifier, "data_identifier", f"configuration {configuration} of plans {name}")
-    if chosen.previous_stage_name is not None:
-        raise OneShotError(
-            f"Configuration {configuration!r} of plans {name!r} is the second stage of a cascade, which the one-shot "
-            f"trainers do not support: train 3d_fullres or 3d_lowres."
-        )
+    if (first := chosen.previous_stage_name) is not None:
+        check_name(first, "previous_stage", f"configuration {configuration} of plans {name}")
+        if first == configuration or first not in plans["configurations"]:
+            others = sorted(set(plans["configurations"]) - {configuration})
+            raise OneShotError(
+                f"Configuration {configuration!r} of plans {name!r} names {first!r} as its previous stage: expected "
+                f"another configuration of these plans, {others}. Correct it, or plan the dataset again."
+            )
 
 
 def _check_batch(configuration: ConfigurationManager, number: int) -> None:

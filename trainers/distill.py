@@ -78,7 +78,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         # nnU-Net compiles the network's forward pass, which gives no features: the function that does is compiled.
         self._features = torch.compile(decoder_features) if self._do_i_compile() else decoder_features
         settings = self.config.distillation
-        teacher = build_teacher(self.configuration_manager, self.num_input_channels)
+        teacher = build_teacher(self.configuration_manager, self.prepared.num_channels)
         distiller = Distiller(teacher, settings, features=self._features)
         # As nnU-Net does with the network.
         self.distiller = self.place(SyncBatchNorm.convert_sync_batchnorm(distiller) if self.is_ddp else distiller)
@@ -290,7 +290,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             with torch.no_grad():
                 # Of each batch of the plans every rank has its part.
                 for _ in range(-(-number // self.configuration_manager.batch_size)):
-                    batch = next(progress)
+                    batch = self._with_previous(next(progress))
                     for name, found in counts.items():
                         # nnU-Net's step clears ignored voxels of the target that it is given.
                         target = copy.deepcopy(batch["target"])
@@ -299,6 +299,13 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             self.network = network
         synthetic, real = (pooled_dice(self.ranks.gathered(counts[name])) for name in ("data", "real"))
         return synthetic, real
+
+    def _with_previous(self, batch: dict) -> dict:
+        """A batch whose real patches hold what the student sees of them: in a cascade also the first stage's labels."""
+        if "previous" not in batch:
+            return batch
+        one_hot = [batch["previous"] == label for label in self.label_manager.foreground_labels]
+        return {**batch, "real": torch.cat([batch["real"], *one_hot], dim=1)}
 
     def _train_teacher(self) -> None:
         """Trains the teacher alone, on the real patches that the student's loader gives."""

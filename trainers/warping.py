@@ -53,6 +53,7 @@ class WarpingTrainer(OneShotTrainer):
             augment=False,
             oversample_foreground_percent=self.oversample_foreground_percent,
             masked=self.configuration_manager.use_mask_for_norm,
+            coarseness=self.coarseness,
         )
         build = partial(build_oneshot_loader, self.prepared, atlases=self.roles.atlases)
         progress = build(registrations, cases=self.roles.progress, settings=settings, seed=seeds[1])

@@ -24,6 +24,7 @@ from nnunet_oneshot.data.preprocessed import (
     load_segmentation,
     open_image,
 )
+from nnunet_oneshot.data.previous_stage import PreviousStage
 from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.data.written import check_written_cases
@@ -45,6 +46,7 @@ class PreparedDataset:
         plans_name: The plans' file is called after it.
         dataset_json: Content of ``dataset.json``.
         configuration: Such as ``3d_fullres``.
+        previous: The segmentations that the second stage of a cascade sees beside the images; else None.
     """
 
     base: Path
@@ -52,6 +54,7 @@ class PreparedDataset:
     plans_name: str
     dataset_json: dict[str, Any]
     configuration: str
+    previous: PreviousStage | None = None
 
     @classmethod
     def open(cls, *, dataset: str | int, plans_name: str, configuration: str) -> PreparedDataset:
@@ -89,8 +92,20 @@ class PreparedDataset:
         Raises:
             OneShotError: Its folder is missing, or cases of it are missing or surplus.
         """
-        check_preprocessed(str(self.folder), self.configuration)
+        owner, configurations = self.configuration, self.plans["configurations"]
+        while "data_identifier" not in configurations[owner]:
+            owner = configurations[owner]["inherits_from"]
+        check_preprocessed(str(self.folder), owner)
         check_written_cases(self.base, self.folder)
+
+    def check_previous(self, cases: Sequence[str]) -> None:
+        """Makes sure that the second stage of a cascade finds the first stage's segmentation of each case.
+
+        Raises:
+            OneShotError: See `nnunet_oneshot.data.previous_stage.PreviousStage.check`.
+        """
+        if self.previous is not None:
+            self.previous.check(cases, self.shape)
 
     @property
     def name(self) -> str:
@@ -173,6 +188,19 @@ class PreparedDataset:
     def image(self, case: str) -> np.ndarray:
         """Preprocessed image (C, X, Y, Z) float32, as a network of nnU-Net sees it."""
         return np.asarray(load_image(str(self.folder), case), np.float32)
+
+    def network_input(self, case: str) -> np.ndarray:
+        """What a network sees of a case, (C, X, Y, Z) float32.
+
+        That is the image and, in the second stage of a cascade, the first stage's segmentation in one channel a label.
+        """
+        image = self.image(case)
+        if self.previous is None:
+            return image
+        from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
+
+        segmentation, labels = self.previous.open(case)[:], self.label_manager.foreground_labels
+        return np.vstack((image, convert_labelmap_to_one_hot(segmentation, labels, output_dtype=image.dtype)))
 
     def registration_image(self, case: str) -> np.ndarray:
         """Preprocessed image (C, X, Y, Z) float32 as it is registered; see `with_outline`."""

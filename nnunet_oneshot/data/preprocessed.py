@@ -13,6 +13,11 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
 from nnunet_oneshot.errors import OneShotError
 
+_PREPROCESS = (
+    "Preprocess the dataset again with `nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, "
+    "`nnUNetv2_preprocess`."
+)
+
 
 class StoredArray:
     """An array on disk, of which slices are read; a failure to read one names the file.
@@ -23,11 +28,11 @@ class StoredArray:
         ndim: Number of axes.
     """
 
-    def __init__(self, array: Any, what: str, path: Path) -> None:
+    def __init__(self, array: Any, what: str, path: Path, advice: str) -> None:
         self.shape: tuple[int, ...] = tuple(array.shape)
         self.dtype = array.dtype
         self.ndim = len(self.shape)
-        self._array, self._what, self._path = array, what, path
+        self._array, self._what, self._path, self._advice = array, what, path, advice
 
     def __getitem__(self, part: Any) -> np.ndarray:
         with self.reading():
@@ -42,7 +47,7 @@ class StoredArray:
 
     def reading(self) -> AbstractContextManager[None]:
         """Names the file where its content is not as it must be."""
-        return _reading(self._what, self._path)
+        return _reading(self._what, self._path, self._advice)
 
 
 def open_image(folder: str, case: str) -> StoredArray:
@@ -58,7 +63,7 @@ def open_image(folder: str, case: str) -> StoredArray:
     Raises:
         OneShotError: The image is missing or unreadable; so may a slice of it be.
     """
-    return _open(folder, case, "", "image", "data")
+    return open_array(folder, case, what="preprocessed image", key="data")
 
 
 def load_image(folder: str, case: str) -> np.ndarray:
@@ -88,7 +93,7 @@ def load_segmentation(folder: str, case: str) -> np.ndarray:
     Raises:
         OneShotError: The file is missing or unreadable.
     """
-    return _open(folder, case, "_seg", "label", "seg")[:]
+    return open_array(folder, case, "_seg", what="preprocessed label", key="seg")[:]
 
 
 def load_properties(folder: str, case: str) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def load_properties(folder: str, case: str) -> dict[str, Any]:
         OneShotError: The file is missing or unreadable.
     """
     path = Path(folder) / f"{case}.pkl"
-    with _reading("properties", path):
+    with _reading("preprocessed properties", path, _PREPROCESS):
         properties = load_pickle(str(path))
         if not isinstance(properties, dict) or not isinstance(properties.get("class_locations"), dict):
             raise ValueError("it holds something else than nnU-Net keeps of a case")
@@ -108,13 +113,29 @@ def load_properties(folder: str, case: str) -> dict[str, Any]:
         return properties
 
 
-def _open(folder: str, case: str, suffix: str, what: str, key: str) -> StoredArray:
+def open_array(
+    folder: str, case: str, suffix: str = "", *, what: str, key: str, axes: int = 4, advice: str = _PREPROCESS
+) -> StoredArray:
+    """An array of a case in one of nnU-Net's formats, which may lie on disk.
+
+    Args:
+        folder: Where it lies.
+        case: Name of the case.
+        suffix: Of the file's name, before its ending.
+        what: What it is, for the error.
+        key: Its name in ``.npz``.
+        axes: How many it must have.
+        advice: A sentence for the error that says what to do.
+
+    Raises:
+        OneShotError: It is missing or unreadable; so may a slice of it be.
+    """
     import blosc2
 
     base = Path(folder)
     kinds = [base / f"{case}{suffix}.b2nd", base / f"{case}{suffix}.npy", base / f"{case}.npz"]
     path = next((path for path in kinds if path.is_file()), kinds[0])
-    with _reading(what, path):
+    with _reading(what, path, advice):
         if path.suffix == ".b2nd":
             array = blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1})
             if not isinstance(array, blosc2.NDArray):
@@ -128,24 +149,21 @@ def _open(folder: str, case: str, suffix: str, what: str, key: str) -> StoredArr
         else:
             with np.load(path) as arrays:
                 array = arrays[key]
-        if array.ndim != 4 or array.dtype.kind not in "fiu":
-            raise ValueError(f"it holds {array.dtype} of shape {tuple(array.shape)}, not four axes of numbers")
-    return StoredArray(array, what, path)
+        if array.ndim != axes or array.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {array.dtype} of shape {tuple(array.shape)}, not {axes} axes of numbers")
+    return StoredArray(array, what, path, advice)
 
 
 @contextmanager
-def _reading(what: str, path: Path) -> Iterator[None]:
-    """Turns a failure to read a file of a preprocessed case into an `OneShotError` that names it."""
+def _reading(what: str, path: Path, advice: str) -> Iterator[None]:
+    """Turns a failure to read a file of a case into an `OneShotError` that names it."""
     try:
         yield
     # A damaged file may raise anything.
     except Exception as error:
         told = isinstance(error, (OSError, ValueError, RuntimeError, EOFError)) and str(error).strip()
         reason = told or "its content is not what nnU-Net writes"
-        raise OneShotError(
-            f"The preprocessed {what} {path} cannot be read ({reason}). Preprocess the dataset again with "
-            f"`nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, `nnUNetv2_preprocess`."
-        ) from error
+        raise OneShotError(f"The {what} {path} cannot be read ({reason}). {advice}") from error
 
 
 def check_preprocessed(folder: str, configuration: str) -> None:

@@ -18,7 +18,7 @@ from nnunet_oneshot.unet import as_unet
 
 
 def build_teacher(configuration_manager: ConfigurationManager, num_channels: int) -> nn.Module:
-    """The plan's network with the image channels as output and no deep supervision.
+    """The plan's network with the image channels as input and output and no deep supervision.
 
     Args:
         configuration_manager: Configuration of the plans from which the student is built.

@@ -106,6 +106,11 @@ def run_benchmark(
         OneShotError: Something does not exist, ``out`` holds another benchmark, or runs failed (the others are done).
     """
     prepared = PreparedDataset.open(dataset=dataset, plans_name=plans_name, configuration=configuration)
+    if (first := prepared.configuration_manager.previous_stage_name) is not None:
+        raise OneShotError(
+            f"{configuration} is the second stage of a cascade, for which a benchmark has no segmentations by the "
+            f"first: compare methods with -c {first}, or train both stages with nnUNetv2_train."
+        )
     overrides = merge_settings(environment_overrides(), parse_settings(settings))
     config = _checked_config(prepared, overrides)
     for seed in seeds or ():

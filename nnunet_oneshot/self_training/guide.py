@@ -58,7 +58,7 @@ class SegmentingGuide(ABC):
         """Probability of every foreground label, or region, at every voxel.
 
         Args:
-            image: (C, X, Y, Z), preprocessed.
+            image: (C, X, Y, Z), preprocessed, as `PreparedDataset.network_input` gives it.
 
         Returns:
             (K, X, Y, Z) float32.

@@ -22,11 +22,13 @@ from threadpoolctl import threadpool_limits
 from nnunet_oneshot.config import SynthesisConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.preprocessed import open_image
+from nnunet_oneshot.data.previous_stage import PreviousStage
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registration.dataset.cache import GuidedRegistrations, RegistrationCache
 from nnunet_oneshot.registration.pair.quality import draw_weights, is_ambiguous
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.seeding import derive_seed
+from nnunet_oneshot.synthesis.first_stage import roughened
 from nnunet_oneshot.synthesis.sampler import (
     Atlas,
     Deformation,
@@ -56,6 +58,7 @@ class PatchSettings:
         augment: Whether to vary deformation and appearance.
         oversample_foreground_percent: Share of samples that must contain foreground, as in nnU-Net.
         masked: For each channel, whether masked normalisation was used (``use_mask_for_norm`` of the plans).
+        coarseness: In the second stage of a cascade, size of a voxel of the first along three axes, in voxels.
     """
 
     batch_size: int
@@ -67,6 +70,7 @@ class PatchSettings:
     augment: bool
     oversample_foreground_percent: float
     masked: Sequence[bool] = ()
+    coarseness: Sequence[float] = ()
 
 
 class OneShotDataLoader(nnUNetDataLoader):
@@ -127,7 +131,8 @@ class OneShotDataLoader(nnUNetDataLoader):
         Returns:
             ``data`` (B, C, *patch) float32, ``target`` in the format of nnU-Net's loader, ``real`` (B, C, *patch)
             float32 aligned with ``data``, ``from_real`` (B,) bool, whether ``data`` shows the real image, ``keys`` (the
-            unlabelled cases) and ``atlases``.
+            unlabelled cases) and ``atlases``. In the second stage of a cascade ``data`` has one more channel a label,
+            and ``previous`` (B, 1, *patch) is the first stage's segmentation of ``real``.
         """
         drawn, samples = [], []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
@@ -138,16 +143,20 @@ class OneShotDataLoader(nnUNetDataLoader):
                 drawn.append(pair)
                 samples.append(self._sample(*pair, self.get_do_oversample(index), from_real))
         segs = [sample["segmentation"] for sample in samples]
-        return {
+        real = torch.stack([sample["regression_target"].float() for sample in samples])
+        batch = {
             "data": torch.stack([sample["image"].float() for sample in samples]),
             "target": [torch.stack(level) for level in zip(*segs, strict=True)]
             if isinstance(segs[0], list)
             else torch.stack(segs),
-            "real": torch.stack([sample["regression_target"].float() for sample in samples]),
+            "real": real,
             "from_real": torch.tensor([sample["from_real"] for sample in samples]),
             "keys": [case for _, case in drawn],
             "atlases": [atlas for atlas, _ in drawn],
         }
+        if self.settings.coarseness:
+            batch.update(real=real[:, :-1], previous=real[:, -1:])
+        return batch
 
     def _draw_source(self) -> bool:
         """Whether the next sample shows the real image."""
@@ -165,13 +174,19 @@ class OneShotDataLoader(nnUNetDataLoader):
         # If the atlas has no label to centre on, nnU-Net's loader falls back to a random position.
         corner, _ = self.get_bbox(registration.case_shape, foreground, locations)
         places = patch_places(corner, self.patch_size, self.final_patch_size, self.spatial)
-        patch = sample_patch(places, deformation, atlas, self._data.load_case(case)[0], synthetic=not from_real)
+        real, _, previous, _ = self._data.load_case(case)
+        patch = sample_patch(places, deformation, atlas, real, synthetic=not from_real, previous=previous)
         if from_real:
             patch = with_own_mask(patch, self.settings.masked)
         elif augment:
             patch = apply_appearance(patch, self.settings.synthesis)
         image = patch.real.clone() if patch.synthetic is None else patch.synthetic
         sample = {"image": image, "segmentation": patch.seg, "regression_target": patch.real}
+        if patch.previous is not None:
+            shown = patch.previous if from_real else roughened(patch.seg, self.settings.coarseness)
+            # Where nnU-Net's transforms look for it; beside the real image it is mirrored with that.
+            sample["segmentation"] = torch.cat([patch.seg, shown])
+            sample["regression_target"] = torch.cat([patch.real, patch.previous])
         if self.patch_size_was_2d:
             sample = {name: volume[:, 0] for name, volume in sample.items()}
         return {**self.transforms(**sample), "from_real": from_real}
@@ -227,7 +242,7 @@ def build_oneshot_loader(
     }
     pairs = {(a, c): registrations.load(a, c) for a in atlases for c in cases if a != c}
     return OneShotDataLoader(
-        ImagesOnly(str(prepared.folder), cases),
+        ImagesOnly(str(prepared.folder), cases, prepared.previous),
         loaded,
         pairs,
         label_manager=prepared.label_manager,
@@ -240,13 +255,15 @@ def build_oneshot_loader(
 class ImagesOnly:
     """Replaces an nnU-Net dataset; opens the image of a case but never its label."""
 
-    def __init__(self, folder: str, identifiers: Sequence[str]) -> None:
+    def __init__(self, folder: str, identifiers: Sequence[str], previous: PreviousStage | None = None) -> None:
         self.identifiers = sorted(identifiers)
         self.folder = folder
+        self.previous = previous
 
     def load_case(self, identifier: str) -> tuple:
-        """(image, None, None, {}); slicing the image does not read the whole file."""
-        return open_image(self.folder, identifier), None, None, {}
+        """(image, None, the first stage's segmentation or None, {}); slicing does not read a whole file."""
+        previous = None if self.previous is None else self.previous.open(identifier)
+        return open_image(self.folder, identifier), None, previous, {}
 
 
 class PatchError(OneShotError):

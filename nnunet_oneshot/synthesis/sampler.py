@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ from nnunet_oneshot.registration.pair.warp import (
     interpolate_in,
     labels_in,
     locate,
+    nearest_in,
     uniform_labels,
 )
 from nnunet_oneshot.synthesis.functional import random_velocity, transfer_appearance
@@ -123,11 +124,13 @@ class Patch:
         synthetic: (C, *patch) warped atlas; 0 outside the case's field of view, as nnU-Net pads. None if not asked for.
         real: (C, *patch) unlabelled image.
         seg: (1, *patch) int16 warped label; -1 outside the case's field of view.
+        previous: (1, *patch) int16, what the first stage of a cascade sees in ``real``; None without a first stage.
     """
 
     synthetic: Tensor | None
     real: Tensor
     seg: Tensor
+    previous: Tensor | None = None
 
 
 def draw_deformation(
@@ -189,7 +192,15 @@ def _in_case(points: Tensor, registration: Registration) -> Tensor:
     return transform_points(torch.from_numpy(np.linalg.inv(registration.affine)).float(), points[None])[0]
 
 
-def sample_patch(places: Places, deformation: Deformation, atlas: Atlas, case: Any, *, synthetic: bool = True) -> Patch:
+def sample_patch(
+    places: Places,
+    deformation: Deformation,
+    atlas: Atlas,
+    case: Any,
+    *,
+    synthetic: bool = True,
+    previous: Any = None,
+) -> Patch:
     """Samples atlas, label and real image at the places of a patch.
 
     The atlas is sampled once at exp(v_new)(affine(p)). The real image is sampled where the same anatomy lies according
@@ -202,6 +213,7 @@ def sample_patch(places: Places, deformation: Deformation, atlas: Atlas, case: A
         atlas: The atlas.
         case: The real image, (C, *case_shape); only the part that is needed is read from it.
         synthetic: Whether the image of the atlas is wanted.
+        previous: The first stage's segmentation of the case, (*case_shape), likewise read in part; or None.
     """
     lattice = places.lattice
     affine = torch.from_numpy(deformation.registration.affine).float()
@@ -221,9 +233,13 @@ def sample_patch(places: Places, deformation: Deformation, atlas: Atlas, case: A
         seg.masked_fill_(outside, -1)
         if image is not None:
             image.masked_fill_(outside, 0)
-    if deformation.velocity is None:
-        return Patch(image, _real_patch(places, places.points, case), seg)
-    return Patch(image, _real_patch(Places(lattice, places.points), deformation.to_case(in_atlas), case), seg)
+    shown, points = places, places.points
+    if deformation.velocity is not None:
+        shown, points = Places(lattice, places.points), deformation.to_case(in_atlas)
+    patch = Patch(image, _real_patch(shown, points, case), seg)
+    if previous is None:
+        return patch
+    return replace(patch, previous=_real_patch(shown, points, previous, nearest_in).to(torch.int16))
 
 
 def _outside(places: Places, case_shape: Sequence[int]) -> Tensor | None:
@@ -255,7 +271,7 @@ def with_own_mask(patch: Patch, masked: Sequence[bool]) -> Patch:
     seg[seg < 0] = 0
     empty = torch.from_numpy(empty_space(patch.real.numpy(), masked))
     seg[0][empty & (seg[0] == 0)] = -1
-    return Patch(patch.synthetic, patch.real, seg)
+    return replace(patch, seg=seg)
 
 
 def apply_appearance(patch: Patch, config: SynthesisConfig) -> Patch:
@@ -271,35 +287,41 @@ def apply_appearance(patch: Patch, config: SynthesisConfig) -> Patch:
         local_share=local_share,
         smoothness=config.appearance_smoothness,
     )
-    return Patch(synthetic, patch.real, patch.seg)
+    return replace(patch, synthetic=synthetic)
 
 
-def _cropped(case: Any, box: list[list[int]]) -> np.ndarray:
-    return case.crop(box) if isinstance(case, StoredArray) else crop_and_pad_nd(case, box, 0)
-
-
-def _real_patch(places: Places, points: Tensor, case: Any) -> Tensor:
-    """The image of a case at the places of a patch, (C, *patch) float32; 0 outside of the case.
+def _real_patch(
+    places: Places, points: Tensor, case: Any, sample: Callable[[Tensor, Cells], Tensor] = interpolate_in
+) -> Tensor:
+    """An image or a segmentation of a case at the places of a patch, (C, *patch) float32; 0 outside of the case.
 
     Args:
         places: Where the patch lies.
         points: (3, *lattice), case voxel coordinates.
-        case: (C, *case_shape).
+        case: (C, *case_shape), or (*case_shape) for one channel.
+        sample: Gives the values of the case between its voxels.
     """
     lattice = places.lattice
     if places.corner is not None:
         box = [[low, low + size] for low, size in zip(places.corner, lattice.shape, strict=True)]
-        return torch.from_numpy(_cropped(case, box)).float()
+        return _crop(case, box)
     low, high = points.flatten(1).aminmax(dim=1)
     # With a margin of zeros around the image, a place beyond its border is half in it.
     box = [
         [int(np.clip(np.floor(start), -1, size)), int(np.clip(np.floor(stop), -1, size)) + 2]
-        for start, stop, size in zip(low.tolist(), high.tolist(), case.shape[1:], strict=True)
+        for start, stop, size in zip(low.tolist(), high.tolist(), case.shape[-3:], strict=True)
     ]
-    crop = torch.from_numpy(_cropped(case, box)).float().contiguous()
+    crop = _crop(case, box).contiguous()
     offset = torch.tensor([float(start) for start, _ in box]).view(3, 1, 1, 1)
     result = torch.empty((len(crop), *lattice.shape))
     for slab, part in lattice.slabs(points - offset, CHUNK_POINTS):
         cells = locate(part.flatten(1), crop.shape[1:])
-        result[:, slab] = interpolate_in(crop, cells).view(-1, *part.shape[1:])
+        result[:, slab] = sample(crop, cells).view(-1, *part.shape[1:])
     return result
+
+
+def _crop(case: Any, box: list[list[int]]) -> Tensor:
+    """A box of a case, (C, *box) float32; 0 outside of the case."""
+    found = case.crop(box) if isinstance(case, StoredArray) else crop_and_pad_nd(case, box, 0)
+    crop = torch.from_numpy(found).float()
+    return crop.view(-1, *crop.shape[-3:])

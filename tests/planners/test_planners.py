@@ -146,6 +146,10 @@ def test_patch_covers_a_row_of_structures_that_look_alike(dataset, planner):
     assert planned["2d"]["spacing"] == pytest.approx(plain["2d"]["spacing"])
     assert planned["2d"]["patch_size"] == plain["2d"]["patch_size"]
     assert len(made.notes) == 1 and "labels 1, 2, 3 of the atlas look alike" in made.notes[0]
+    second = PlansManager(json.loads(made.plans_file.read_text())).get_configuration("3d_cascade_fullres")
+    assert second.previous_stage_name == "3d_fullres"
+    assert second.data_identifier == f"{NAMES[planner.__name__]}_3d_cascade_fullres"
+    assert list(second.spacing) == list(plain["3d_fullres"]["spacing"])
 
 
 def test_spacing_that_the_user_names_is_kept_and_a_row_that_fits_changes_nothing(dataset):
@@ -157,6 +161,20 @@ def test_spacing_that_the_user_names_is_kept_and_a_row_that_fits_changes_nothing
     pretend_row(dataset, (58.0, 62.0, 188.0))
     named = OneShotCPUPlanner(dataset.name, overwrite_target_spacing=[2.0, 2.0, 2.0])
     assert named.plan_experiment()["configurations"]["3d_fullres"]["spacing"] == [2.0, 2.0, 2.0] and not named.notes
+
+
+@pytest.mark.parametrize("spacing", [None, [1.0, 1.0, 1.0]])
+def test_cpu_preset_plans_a_cascade_of_large_images(dataset, spacing):
+    pretend_size(dataset, (90, 120, 120), (1.0, 1.0, 1.0))
+    planner = OneShotCPUPlanner(dataset.name, overwrite_target_spacing=spacing)
+    planner.plan_experiment()
+    plans = PlansManager(json.loads(planner.plans_file.read_text()))
+    second = plans.get_configuration("3d_cascade_fullres")
+    assert second.previous_stage_name == ("3d_fullres" if spacing is None else "3d_lowres")
+    first = plans.get_configuration(second.previous_stage_name)
+    assert list(second.spacing) == [1.0, 1.0, 1.0] and min(first.spacing) > 1
+    assert np.prod(first.patch_size) >= 0.25 * np.prod(first.median_image_size_in_voxels)
+    assert "architecture" in second.configuration and second.batch_dice
 
 
 def test_cpu_preset_takes_the_whole_hippocampus(dataset):

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.nnunet.seg_to_onehot import MoveSegAsOneHotToDataTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
@@ -152,3 +154,54 @@ def test_an_ambiguous_pair_is_not_shown_as_it_is(monkeypatch):
         for kind in (True, False)
     ]
     assert drawn == [{"c0", "c1"}, set(CASES)]
+
+
+@pytest.fixture
+def second_stage(monkeypatch):
+    """A function that gives a batch of a cascade's second stage, whose first has segmented each case by intensity."""
+
+    def make(real_share, *transforms):
+        see = Images.load_case
+
+        def with_first_stage(self, case):
+            image = see(self, case)[0]
+            return image, None, np.digitize(image[0], (0.0, 0.6)).astype(np.uint8), {}
+
+        monkeypatch.setattr(Images, "load_case", with_first_stage)
+        own = loader(real_share, transforms=[*transforms, MoveSegAsOneHotToDataTransform(1, [1, 2])], batch_size=6)
+        own.settings = replace(own.settings, coarseness=(2.0, 2.0, 2.0))
+        np.random.seed(0)
+        return own.generate_train_batch()
+
+    return make
+
+
+def one_hot(labels):
+    return torch.cat([labels == 1, labels == 2], dim=1).float()
+
+
+def test_synthetic_patches_of_a_second_stage_show_their_own_label_before_corruption(second_stage, monkeypatch):
+    monkeypatch.setattr("nnunet_oneshot.synthesis.data_loader.roughened", lambda seg, coarseness: seg)
+    found = second_stage(0.0)
+    assert found["data"].shape == (6, 3, *PATCH) and found["real"].shape == (6, 1, *PATCH)
+    assert torch.equal(found["data"][:, 1:], one_hot(found["target"]))
+
+
+def test_what_synthetic_patches_show_of_the_first_stage_is_never_the_exact_label(second_stage):
+    found = second_stage(0.0)
+    for shown, exact in zip(found["data"][:, 1:], one_hot(found["target"]), strict=True):
+        dice = 2 * (shown * exact).sum() / (shown + exact).sum()
+        assert 0.4 < dice < 0.99
+
+
+def test_real_patches_of_a_second_stage_show_what_the_first_saw_in_their_case(second_stage):
+    found = second_stage(1.0)
+    assert torch.equal(found["data"][:, 1:], one_hot(found["previous"]))
+    assert not torch.equal(found["data"][:, 1:], one_hot(found["target"]))
+
+
+@pytest.mark.parametrize("real_share", [0.0, 1.0])
+def test_the_first_stage_lies_where_the_real_image_lies_also_mirrored(second_stage, real_share):
+    found = second_stage(real_share, MirrorTransform((0, 1, 2)))
+    fits = torch.bucketize(found["real"].contiguous(), torch.tensor([0.0, 0.6])) == found["previous"]
+    assert fits.float().mean() > (0.999 if real_share else 0.9)

@@ -331,11 +331,12 @@ def test_unknown_configuration_lists_the_known(prepare, make_trainer):
         make_trainer(prepare(), "OneShotSynthesisTrainer", configuration="3d_huge")
 
 
-def test_cascade_is_refused(prepare, make_trainer):
+@pytest.mark.parametrize("first", ["3d_lowres", "3d_cascade_fullres"])
+def test_cascade_without_a_first_stage_is_refused(first, prepare, make_trainer):
     def cascade(plans):
-        plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+        plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": first}
 
-    with pytest.raises(OneShotError, match="second stage of a cascade"):
+    with pytest.raises(OneShotError, match=f"names '{first}' as its previous stage: expected another .*'3d_fullres'"):
         make_trainer(prepare(), "OneShotSynthesisTrainer", configuration="3d_cascade_fullres", edit=cascade)
 
 

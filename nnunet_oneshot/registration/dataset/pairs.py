@@ -125,7 +125,7 @@ class PairWork:
                 known=known,
                 initial=initial,
                 atlas_maps=self.guide.atlas_maps(self._volumes(pair.atlas)[1]),
-                probabilities=self.guide.probabilities(self.prepared.image(pair.case)),
+                probabilities=self.guide.probabilities(self.prepared.network_input(pair.case)),
                 trust=self.guide.trust,
             )
 
@@ -136,7 +136,7 @@ class PairWork:
         with telling_pairs(batch):
             registrar, guide = self.registrar(batch[0].atlas), None
             if self.guide is not None:
-                probabilities = [self.guide.probabilities(self.prepared.image(pair.case)) for pair in batch]
+                probabilities = [self.guide.probabilities(self.prepared.network_input(pair.case)) for pair in batch]
                 maps = self.guide.atlas_maps(self._volumes(registrar.name)[1])
                 guide = registrar.guide(maps, probabilities, aligned, self.guide.trust)
             names = [pair.case for pair in batch]

@@ -287,6 +287,22 @@ def interpolate_in(volume: Tensor, cells: Cells) -> Tensor:
     return result
 
 
+def nearest_in(volume: Tensor, cells: Cells) -> Tensor:
+    """The voxels of a volume that are nearest to points.
+
+    Args:
+        volume: (C, X, Y, Z) contiguous.
+        cells: N points in the volume.
+
+    Returns:
+        (C, N).
+    """
+    index = cells.index.clone()
+    for share, stride in zip(cells.shares, cells.strides, strict=True):
+        index.add_(share.round().to(torch.int32), alpha=stride)
+    return volume.flatten(1).index_select(1, index)
+
+
 def _corner_offsets(cells: Cells) -> list[int]:
     """Distance of the eight voxels of a cell from its first in the flattened volume; the last axis runs fastest."""
     x, y, z = cells.strides

@@ -132,11 +132,13 @@ def ending_with_parent() -> Callable[[], None] | None:
 def end_with(parent: int) -> None:
     """Called in a process that was started, not forked: it is ended with its parent, even where that one is killed.
 
-    Only Linux does it; elsewhere nothing changes.
+    The latter only on Linux.
 
     Args:
         parent: Number of the process that started this one.
     """
+    # Ctrl-C reaches both: it ends this one without a word, and the other tells of it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != parent:
@@ -145,10 +147,19 @@ def end_with(parent: int) -> None:
 
 @lru_cache(maxsize=1)
 def end_workers_with_this_process() -> None:
-    """From now on forked workers end when this process is killed; they would wait for it for ever."""
+    """From now on forked workers end when this process is killed; they would wait for it for ever.
+
+    They leave Ctrl-C to this process, which ends them.
+    """
     if ask := ending_with_parent():
         own = os.getpid()
-        os.register_at_fork(after_in_child=lambda: ask() if os.getppid() == own else None)
+
+        def begin() -> None:
+            if os.getppid() == own:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                ask()
+
+        os.register_at_fork(after_in_child=begin)
 
 
 if hasattr(os, "register_at_fork"):

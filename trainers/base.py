@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from functools import cached_property
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,7 +25,7 @@ from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import INTERRUPTED, OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
 from nnunet_oneshot.locks import end_workers_with_this_process, free, take_or_refuse
 from nnunet_oneshot.names import check_name
@@ -97,6 +99,31 @@ class OneShotTrainer(nnUNetTrainer):
         with fingerprint_standing_in(nnunet_trainer_module, self.prepared.base) if own else nullcontext():
             super().on_train_start()
         self._keep_settings()
+
+    def run_training(self) -> None:
+        try:
+            super().run_training()
+        except KeyboardInterrupt:
+            kept = any(
+                os.path.isfile(join(self.output_folder, f"checkpoint_{name}.pth")) for name in ("latest", "best")
+            )
+            how = "with --c from the last checkpoint" if kept else "from its beginning, since no checkpoint is written"
+            self.print_to_log_file(f"Interrupted in epoch {self.current_epoch}. The same command goes on {how}.")
+            raise SystemExit(INTERRUPTED) from None
+
+    def plot_network_architecture(self) -> None:
+        # Where the package is missing, nnU-Net tells of it as of a failure.
+        if find_spec("hiddenlayer") is not None:
+            super().plot_network_architecture()
+
+    def print_plans(self) -> None:
+        with redirect_stdout(StringIO()):
+            super().print_plans()
+        chosen = self.configuration_manager
+        self.print_to_log_file(
+            f"Training {self.configuration_name} of {self.plans_manager.plans_name}: patch {list(chosen.patch_size)}, "
+            f"batch {self.batch_size}, {self.num_epochs} epochs. Plans and settings are in {self.log_file}."
+        )
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -216,6 +243,10 @@ class OneShotTrainer(nnUNetTrainer):
             super().perform_actual_validation(save_probabilities)
         finally:
             self._scored_cases = None
+        self.print_to_log_file(
+            f"This mean validation Dice is that of real images: {len(fold.scored)} validation cases of fold "
+            f"{self.fold}, whose labels served nothing else."
+        )
 
     def save_checkpoint(self, filename: str) -> None:
         if self.local_rank != 0 or self.disable_checkpointing:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.locks import end_with
 
 
 def default_processes(upper: int = 8) -> int:
@@ -61,7 +62,8 @@ def run_on_cases(
             return results
         # Forking a process that has started threads (torch, SimpleITK) can hang.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_processes, mp_context=context) as executor:
+        executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=end_with, initargs=(os.getpid(),))
+        with executor:
             try:
                 futures = {executor.submit(function, *job): index for index, job in enumerate(jobs)}
                 for future in as_completed(futures):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import NotReadyError, OneShotError
 
 
 def open_image(folder: str, case: str):
@@ -104,7 +104,7 @@ def check_preprocessed(folder: str, configuration: str) -> None:
     base = Path(folder)
     if not base.is_dir() or not any(base.glob("*.pkl")):
         found = "holds no preprocessed case" if base.is_dir() else "does not exist"
-        raise OneShotError(
+        raise NotReadyError(
             f"The folder {folder} {found}, so configuration {configuration} has not been preprocessed: run "
             f"`nnunet_oneshot plan_and_preprocess -d DATASET -c {configuration}` first."
         )

@@ -88,11 +88,18 @@ class DatasetRegistrar:
             OneShotError: The data are missing or damaged, the folder cannot be written to, or a pair failed, which is
                 named.
         """
+        return self._pass(fold, figures).run(cases, part)
+
+    def outstanding(self, cases: Sequence[str], *, fold: int | str | None = None) -> tuple[int, int]:
+        """How many pairs `register` would compute, and of how many. Arguments and errors are its own."""
+        return self._pass(fold).outstanding(cases)
+
+    def _pass(self, fold: int | str | None, figures: bool = True) -> _Pass:
         settings = self.config.registration
         guide = guided_by(settings, self.prepared, fold=fold, device=self.device)
         folder = self.prepared.base / FOLDER / self.prepared.folder.name
         cache = RegistrationCache(folder if guide is None else guided_folder(folder, guide.digest))
-        return _Pass(self, self.config, cache, networks=folder, guide=guide, figures=figures).run(cases, part)
+        return _Pass(self, self.config, cache, networks=folder, guide=guide, figures=figures)
 
     def register_again(
         self, cases: Sequence[str], *, first: RegistrationCache, guide: SegmentingGuide, folder: str | Path
@@ -164,6 +171,11 @@ class _Pass:
         if part is not None:
             self._summarise(cases, part)
         return self.cache
+
+    def outstanding(self, cases: Sequence[str]) -> tuple[int, int]:
+        """How many pairs the cache lacks, and of how many."""
+        pairs = self._pairs(cases)
+        return len(self._missing(pairs)), len(pairs)
 
     def _compute(self, missing: Sequence[Pair], cases: Sequence[str]) -> None:
         """Registers pairs; ``cases`` are all that are registered, also by others, to train a network with."""

@@ -110,9 +110,7 @@ def _folders() -> Iterator[Finding]:
             continue
         if name == "nnUNet_raw":
             if not folder.is_dir():
-                yield Finding(
-                    "problem", f"{name} is {folder}, which is not a folder: make it, or correct the variable."
-                )
+                yield Finding("problem", f"{name} is {folder}, which is no folder: make it, or correct the variable.")
             else:
                 yield Finding("fine", f"{name} is {folder}")
             continue
@@ -181,10 +179,10 @@ def _dataset(dataset: str, configuration: str | None, plans_name: str | None) ->
     try:
         prepared, next_step = _prepared(dataset, configuration, plans_name)
     except OneShotError as error:
+        next_step = f"nnunet_oneshot plan_and_preprocess -d {dataset} -c {configuration or '3d_fullres'}"
         if any(finding.kind == "problem" for finding in raw):
-            return raw, "mend the raw dataset, then this command again"
-        plan = f"nnunet_oneshot plan_and_preprocess -d {dataset} -c {configuration or '3d_fullres'}"
-        return [*raw, Finding("problem", f"Not ready for training: {error}")], plan
+            next_step = "mend the raw dataset, then this command again"
+        return [*raw, Finding("problem", f"Not ready for training: {error}")], next_step
     # Training reads the raw files no more.
     return [replace(one, kind="note") if one.kind == "problem" else one for one in raw] + prepared, next_step
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -132,24 +135,54 @@ def ending_with_parent() -> Callable[[], None] | None:
 def end_with(parent: int) -> None:
     """Called in a process that was started, not forked: it is ended with its parent, even where that one is killed.
 
-    The latter only on Linux.
+    Only Linux does it; elsewhere nothing changes.
 
     Args:
         parent: Number of the process that started this one.
     """
-    # Ctrl-C reaches both: it ends this one without a word, and the other tells of it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(1)
 
 
+class _SpawnedWorker(SpawnProcess):
+    """Leaves Ctrl-C, which would end it with a traceback, to its parent."""
+
+    def start(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            super().start()
+            return
+        # What is ignored when a process is started is ignored in it.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            super().start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def ending_workers_at_once() -> Iterator[None]:
+    """Ctrl-C in the block ends all worker processes, which leave it to this one, instead of waiting for their work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+
+
+class WorkerContext(SpawnContext):
+    """Starts worker processes anew: forking a process that has started threads (torch, SimpleITK) can hang."""
+
+    Process = _SpawnedWorker
+
+
 @lru_cache(maxsize=1)
 def end_workers_with_this_process() -> None:
     """From now on forked workers end when this process is killed; they would wait for it for ever.
 
-    They leave Ctrl-C to this process, which ends them.
+    They leave Ctrl-C to this process; see `ending_workers_at_once`.
     """
     if ask := ending_with_parent():
         own = os.getpid()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer_module
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -27,9 +27,10 @@ from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import INTERRUPTED, OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
-from nnunet_oneshot.locks import end_workers_with_this_process, free, take_or_refuse
+from nnunet_oneshot.locks import end_workers_with_this_process, ending_workers_at_once, free, take_or_refuse
 from nnunet_oneshot.names import check_name
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
+from nnunet_oneshot.progress import Progress
 from nnunet_oneshot.registry import load_modules
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.synthesis.data_loader import wrap_workers
@@ -68,6 +69,7 @@ class OneShotTrainer(nnUNetTrainer):
         self.num_epochs = self.epochs
         self._roles: CaseRoles | None = None
         self._scored_cases: list[str] | None = None
+        self._progress = Progress(0, "", show=False)
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         """The training and the progress loader.
@@ -102,13 +104,12 @@ class OneShotTrainer(nnUNetTrainer):
 
     def run_training(self) -> None:
         try:
-            super().run_training()
+            with ending_workers_at_once():
+                super().run_training()
         except KeyboardInterrupt:
-            kept = any(
-                os.path.isfile(join(self.output_folder, f"checkpoint_{name}.pth")) for name in ("latest", "best")
-            )
-            how = "with --c from the last checkpoint" if kept else "from its beginning, since no checkpoint is written"
-            self.print_to_log_file(f"Interrupted in epoch {self.current_epoch}. The same command goes on {how}.")
+            checkpoints = [join(self.output_folder, f"checkpoint_{name}.pth") for name in ("latest", "best")]
+            how = "goes on from the last checkpoint with --c" if any(map(isfile, checkpoints)) else "begins anew"
+            self.print_to_log_file(f"Interrupted in epoch {self.current_epoch}. The same command {how}.")
             raise SystemExit(INTERRUPTED) from None
 
     def plot_network_architecture(self) -> None:
@@ -143,7 +144,21 @@ class OneShotTrainer(nnUNetTrainer):
 
     # nnU-Net's own steps see to mixed precision on CUDA and have none on a processor. Their backward pass falls into
     # the context too; of what runs there it changes nothing, as all convolutions are in bfloat16 already.
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._progress = Progress(
+            self.num_iterations_per_epoch,
+            f"Epoch {self.current_epoch}",
+            later=(self.num_epochs - self.current_epoch - 1) * self.num_iterations_per_epoch,
+            show=self.local_rank == 0,
+        )
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        self._progress.close()
+        super().on_train_epoch_end(train_outputs)
+
     def train_step(self, batch: dict) -> dict:
+        self._progress.update()
         with processor_autocast(self.device, self.config.precision):
             return super().train_step(batch)
 

@@ -21,7 +21,7 @@ from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, loa
 from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.data.written import check_written_cases
-from nnunet_oneshot.errors import NotReadyError, OneShotError
+from nnunet_oneshot.errors import NotReadyError
 from nnunet_oneshot.io import load_json_checked, require_env
 from nnunet_oneshot.names import check_name, inside
 

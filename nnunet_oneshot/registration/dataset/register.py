@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.orientation import relative_rotation
@@ -24,6 +23,7 @@ from nnunet_oneshot.errors import listed
 from nnunet_oneshot.io import writing
 from nnunet_oneshot.locks import waiting_for
 from nnunet_oneshot.precision import uses_bfloat16
+from nnunet_oneshot.progress import Progress
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.registration.dataset.cluster import cluster_workers
 from nnunet_oneshot.registration.dataset.network_store import registration_topology, stored_network
@@ -195,7 +195,7 @@ class _Pass:
         )
         if self._uses_network:
             here = dataclasses.replace(here, network=self._network(here, cases))
-        with host_threads(here.device), tqdm(total=len(missing), desc="Registering") as progress:
+        with host_threads(here.device), Progress(len(missing), "Registering") as progress:
             if self.registrar.scheduler is not None:
                 batches = list(_batches(missing, here, at_most=1))
                 with cluster_workers(self.registrar.scheduler, self.registrar.log) as executor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from nnunet_oneshot import __version__
@@ -158,6 +159,26 @@ def _add_demo(subparsers: argparse._SubParsersAction) -> None:
         help="a new folder, or that of a previous demo, which is replaced (default: ./nnunet_oneshot_demo)",
     )
     parser.set_defaults(run=_demo)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.doctor import examine
+
+    examine(dataset=options.d, configuration=options.c, plans_name=options.p)
+
+
+def _add_doctor(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="tell whether machine and dataset are ready for training, and what to type next",
+        description="Looks at versions, variables, folders, worker settings, trainers and GPU, and with -d at a "
+        "dataset: its files, plans, preprocessed cases and registrations. Says what to type next. The exit status is "
+        "0 where training can begin.",
+    )
+    parser.add_argument("-d", metavar="DATASET", help="dataset number or name")
+    parser.add_argument("-c", metavar="CONFIGURATION", help="configuration (default: one that is preprocessed)")
+    parser.add_argument("-p", metavar="PLANS", help="name of the plans (default: the newest for one-shot training)")
+    parser.set_defaults(run=_doctor)
 
 
 def _env(_: argparse.Namespace) -> None:
@@ -562,6 +583,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_benchmark(subparsers)
     _add_demo(subparsers)
+    _add_doctor(subparsers)
     _add_env(subparsers)
     _add_export(subparsers)
     _add_import(subparsers)
@@ -583,13 +605,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line arguments without the program's name, or None: those of the process.
 
     Returns:
-        The exit status: 0, or 1 after an error that the user can mend.
+        The exit status: 0, 1 after an error that the user can mend, or 130 after Ctrl-C.
     """
+    # Other packages tell their developers what will change.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     failed = exit_status(load_modules)
     if failed:
         return failed
     options = build_parser().parse_args(arguments)
-    return exit_status(lambda: options.run(options))
+    dataset = getattr(options, "d", None)
+    # Planning takes several.
+    return exit_status(lambda: options.run(options), dataset=dataset[0] if isinstance(dataset, list) else dataset)
 
 
 if __name__ == "__main__":

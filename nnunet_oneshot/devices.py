@@ -51,14 +51,15 @@ def host_threads(device: torch.device) -> Iterator[None]:
         yield
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(max(before, _usable_cores()))
+    torch.set_num_threads(max(before, usable_cores()))
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """How many cores of this machine the process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -9,6 +9,12 @@ from typing import Any
 
 _LONGEST_SHOWN = 120
 _LONGEST_NAME, _LISTED = 400, 5
+# Exit status of what Ctrl-C ended, as shells have it.
+INTERRUPTED = 130
+_RESUME = (
+    "\nInterrupted. Type the same command to go on: registrations and runs of a benchmark that were finished are kept, "
+    "the rest is done anew."
+)
 
 
 class OneShotError(RuntimeError):
@@ -19,14 +25,38 @@ class OneShotError(RuntimeError):
     """
 
 
-def exit_status(run: Callable[[], object]) -> int:
-    """Runs a command: 0, or 1 after an `OneShotError`, whose message goes to standard error."""
+class NotReadyError(OneShotError):
+    """What a command needs is not set up: a variable, a dataset, its plans or its preprocessed cases.
+
+    ``nnunet_oneshot doctor`` explains it.
+    """
+
+
+def exit_status(run: Callable[[], object], *, dataset: str | None = None) -> int:
+    """Runs a command and tells on standard error why it did not end well.
+
+    Args:
+        run: The command.
+        dataset: The dataset that it is about, if it is about one.
+
+    Returns:
+        0; 1 after an `OneShotError`; 130 after an interruption by Ctrl-C.
+    """
     try:
         run()
     except OneShotError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(told(error, dataset=dataset), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(_RESUME, file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+def told(error: OneShotError, *, dataset: str | None = None) -> str:
+    """What is printed of an error, with the command that tells more where it does."""
+    more = f"\nnnunet_oneshot doctor{f' -d {dataset}' if dataset else ''} tells more."
+    return f"error: {error}{more if isinstance(error, NotReadyError) else ''}"
 
 
 def shown(value: Any) -> str:

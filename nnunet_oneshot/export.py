@@ -23,6 +23,7 @@ from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.inference import CHECKPOINT, load_predictor, read_model
 from nnunet_oneshot.io import require_env, temporary_folder, writing
 from nnunet_oneshot.names import check_name
+from nnunet_oneshot.progress import tracked
 
 STOCK_TRAINER = "nnUNetTrainer"
 _KEPT = ("inference_allowed_mirroring_axes", "current_epoch")
@@ -154,7 +155,8 @@ def _compare(source: Path, model: Path, *, folds: Sequence[str], images: str | P
     """Predicts with both models; returns what was compared, or raises where they differ."""
     original, exported = (load_predictor(folder, folds, device) for folder in (source, model))
     compared = 0
-    for name, image, spacing in _test_images(original, images):
+    total = 1 if images is None else len(find_images(images, original.dataset_json["file_ending"]))
+    for name, image, spacing in tracked(_test_images(original, images), total, "Comparing predictions"):
         logits = [_logits(p, image, spacing) for p in (original, exported)]
         difference = float((logits[0] - logits[1]).abs().max())
         if not difference <= _TOLERANCE:

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nnunet_oneshot.errors import OneShotError, shown
+from nnunet_oneshot.errors import NotReadyError, OneShotError, shown
 
 CACHE_VARIABLE = "nnUNet_oneshot_cache"
 # A folder of more entries than this is not searched for leftovers again before so many seconds have passed: else the
@@ -369,7 +369,7 @@ def require_env(*names: str) -> tuple[Path, ...]:
     if unset:
         listed = "; ".join(f"{name} ({_EXPLANATIONS[name]})" if name in _EXPLANATIONS else name for name in unset)
         example = f"export {unset[0]}=/path/to/{unset[0]}"
-        raise OneShotError(f"Environment variables are not set: {listed}. Set them first, for example: {example}")
+        raise NotReadyError(f"Environment variables are not set: {listed}. Set them first, for example: {example}")
     return tuple(Path(os.environ[name]) for name in names)
 
 

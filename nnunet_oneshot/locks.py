@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -143,12 +146,53 @@ def end_with(parent: int) -> None:
             os._exit(1)
 
 
+class _SpawnedWorker(SpawnProcess):
+    """Leaves Ctrl-C, which would end it with a traceback, to its parent."""
+
+    def start(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            super().start()
+            return
+        # What is ignored when a process is started is ignored in it.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            super().start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def ending_workers_at_once() -> Iterator[None]:
+    """Ctrl-C in the block ends all worker processes, which leave it to this one, instead of waiting for their work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+
+
+class WorkerContext(SpawnContext):
+    """Starts worker processes anew: forking a process that has started threads (torch, SimpleITK) can hang."""
+
+    Process = _SpawnedWorker
+
+
 @lru_cache(maxsize=1)
 def end_workers_with_this_process() -> None:
-    """From now on forked workers end when this process is killed; they would wait for it for ever."""
+    """From now on forked workers end when this process is killed; they would wait for it for ever.
+
+    They leave Ctrl-C to this process; see `ending_workers_at_once`.
+    """
     if ask := ending_with_parent():
         own = os.getpid()
-        os.register_at_fork(after_in_child=lambda: ask() if os.getppid() == own else None)
+
+        def begin() -> None:
+            if os.getppid() == own:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                ask()
+
+        os.register_at_fork(after_in_child=begin)
 
 
 if hasattr(os, "register_at_fork"):

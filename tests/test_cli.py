@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +108,50 @@ def test_errors_a_user_can_mend_are_printed_without_traceback(monkeypatch, capsy
     monkeypatch.setattr("nnunet_oneshot.environment.shell_export", fail)
     assert main(["env"]) == 1
     assert capsys.readouterr().err == "error: case_7 is broken: mend it.\n"
+
+
+def test_an_error_that_doctor_explains_points_to_it(tiny_dataset, capsys):
+    tiny_dataset()
+    assert main(["register", "-d", "7", "-c", "3d_fullres"]) == 1
+    assert capsys.readouterr().err.endswith("\nnnunet_oneshot doctor -d 7 tells more.\n")
+    assert main(["plan_and_preprocess", "-d", "8", "9"]) == 1
+    assert capsys.readouterr().err.endswith("\nnnunet_oneshot doctor -d 8 tells more.\n")
+
+
+def test_an_interruption_ends_with_a_sentence(monkeypatch, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunet_oneshot.environment.shell_export", interrupt)
+    assert main(["env"]) == 130
+    assert "Type the same command to go on" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends the signal of Ctrl-C to a group of processes")
+def test_an_interruption_ends_workers_at_once_and_without_traceback(tmp_path):
+    (tmp_path / "work.py").write_text(
+        "import sys, time\n"
+        "from nnunet_oneshot.data.parallel import run_on_cases\n"
+        "from nnunet_oneshot.errors import exit_status\n"
+        "def work(number):\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(300)\n"
+        "if __name__ == '__main__':\n"
+        "    jobs = [(1,), (2,), (3,)]\n"
+        "    sys.exit(exit_status(lambda: run_on_cases(work, jobs, num_processes=2, description='Sleeping')))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "work.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted." in errors and "Traceback" not in errors
 
 
 def test_other_errors_are_not_hidden(monkeypatch):

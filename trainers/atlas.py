@@ -21,6 +21,7 @@ class OneShotAtlasTrainer(OneShotTrainer):
         return super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
+        self.print_to_log_file("This baseline watches its progress, and the pseudo Dice, on the atlas itself.")
         patch_size = self.configuration_manager.patch_size
         for case in self.roles.atlases:
             # nnU-Net's loader, which reads them later, does not tell which file is damaged.

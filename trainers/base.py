@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cached_property
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import join, maybe_mkdir_p
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_trainer_module
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -29,11 +31,12 @@ from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import INTERRUPTED, OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
-from nnunet_oneshot.locks import end_workers_with_this_process, free, take_or_refuse
+from nnunet_oneshot.locks import end_workers_with_this_process, ending_workers_at_once, free, take_or_refuse
 from nnunet_oneshot.names import check_name
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
+from nnunet_oneshot.progress import Progress
 from nnunet_oneshot.ranks import Ranks
 from nnunet_oneshot.registry import load_modules
 from nnunet_oneshot.seeding import derive_seed, seed_everything
@@ -80,6 +83,7 @@ class OneShotTrainer(CascadeTrainer):
         self.link_stages()
         self._roles: CaseRoles | None = None
         self._scored_cases: list[str] | None = None
+        self._progress = Progress(0, "", show=False)
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         """The training and the progress loader.
@@ -114,8 +118,28 @@ class OneShotTrainer(CascadeTrainer):
         self._keep_settings()
 
     def run_training(self) -> None:
-        with self.ranks.telling_lost(), self._telling_faults("training"):
-            super().run_training()
+        try:
+            with ending_workers_at_once(), self.ranks.telling_lost(), self._telling_faults("training"):
+                super().run_training()
+        except KeyboardInterrupt:
+            checkpoints = [join(self.output_folder, f"checkpoint_{name}.pth") for name in ("latest", "best")]
+            how = "goes on from the last checkpoint with --c" if any(map(isfile, checkpoints)) else "begins anew"
+            self.print_to_log_file(f"Interrupted in epoch {self.current_epoch}. The same command {how}.")
+            raise SystemExit(INTERRUPTED) from None
+
+    def plot_network_architecture(self) -> None:
+        # Where the package is missing, nnU-Net tells of it as of a failure.
+        if find_spec("hiddenlayer") is not None:
+            super().plot_network_architecture()
+
+    def print_plans(self) -> None:
+        with redirect_stdout(StringIO()):
+            super().print_plans()
+        chosen = self.configuration_manager
+        self.print_to_log_file(
+            f"Training {self.configuration_name} of {self.plans_manager.plans_name}: patch {list(chosen.patch_size)}, "
+            f"batch {self.batch_size}, {self.num_epochs} epochs. Plans and settings are in {self.log_file}."
+        )
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -135,7 +159,21 @@ class OneShotTrainer(CascadeTrainer):
 
     # nnU-Net's own steps see to mixed precision on CUDA and have none on a processor. Their backward pass falls into
     # the context too; of what runs there it changes nothing, as all convolutions are in bfloat16 already.
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._progress = Progress(
+            self.num_iterations_per_epoch,
+            f"Epoch {self.current_epoch}",
+            later=(self.num_epochs - self.current_epoch - 1) * self.num_iterations_per_epoch,
+            show=self.local_rank == 0,
+        )
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        self._progress.close()
+        super().on_train_epoch_end(train_outputs)
+
     def train_step(self, batch: dict) -> dict:
+        self._progress.update()
         with processor_autocast(self.device, self.config.precision):
             return super().train_step(batch)
 
@@ -273,6 +311,10 @@ class OneShotTrainer(CascadeTrainer):
             super().perform_actual_validation(save_probabilities)
         finally:
             self._scored_cases = None
+        self.print_to_log_file(
+            f"This mean validation Dice is that of real images: {len(fold.scored)} validation cases of fold "
+            f"{self.fold}, whose labels served nothing else."
+        )
 
     def save_checkpoint(self, filename: str) -> None:
         if self.local_rank != 0 or self.disable_checkpointing:

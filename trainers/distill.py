@@ -20,6 +20,7 @@ from nnunet_oneshot.distillation.progress import VALUES, ProgressLogger
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, remove_teachers, saving_teacher
 from nnunet_oneshot.precision import autocast
+from nnunet_oneshot.progress import tracked
 from nnunet_oneshot.registration.dataset.cache import FOLDER, GuidedRegistrations, RegistrationCache, kept_of
 from nnunet_oneshot.seeding import derive_seed, seed_everything
 from nnunet_oneshot.self_training.agreement import pooled_dice, trust_in
@@ -171,6 +172,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.teacher_scheduler.step(self.current_epoch)
 
     def train_step(self, batch: dict) -> dict:
+        self._progress.update()
         data, real = (batch[key].to(self.device, non_blocking=True) for key in ("data", "real"))
         target = batch["target"]
         if isinstance(target, list):
@@ -289,7 +291,8 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         try:
             with torch.no_grad():
                 # Of each batch of the plans every rank has its part.
-                for _ in range(-(-number // self.configuration_manager.batch_size)):
+                batches = -(-number // self.configuration_manager.batch_size)
+                for _ in tracked(range(batches), batches, "Comparing student and registrations"):
                     batch = self._with_previous(next(progress))
                     for name, found in counts.items():
                         # nnU-Net's step clears ignored voxels of the target that it is given.
@@ -315,7 +318,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         self.distiller.train()
         schedule = PolyLRScheduler(self.teacher_optimizer, settings.teacher_learning_rate, number)
         losses = []
-        for iteration in range(number):
+        for iteration in tracked(range(number), number, "Training the teacher"):
             schedule.step(iteration)
             real = next(self.dataloader_train)["real"].to(self.device, non_blocking=True)
             self.teacher_optimizer.zero_grad(set_to_none=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from tqdm import tqdm
-
 from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.locks import WorkerContext, end_with, ending_workers_at_once
+from nnunet_oneshot.progress import Progress
 
 
 def default_processes(upper: int = 8) -> int:
@@ -53,20 +52,21 @@ def run_on_cases(
     """
     results: list[Any] = [None] * len(jobs)
     num_processes = max(1, min(num_processes, len(jobs)))
-    with tqdm(total=len(jobs), desc=description, disable=not show_progress) as bar:
+    with Progress(len(jobs), description, show=show_progress) as progress:
         if num_processes == 1:
             for index, job in enumerate(jobs):
                 results[index] = function(*job)
-                bar.update()
+                progress.update()
             return results
-        # Forking a process that has started threads (torch, SimpleITK) can hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_processes, mp_context=context) as executor:
+        with ProcessPoolExecutor(
+            num_processes, mp_context=WorkerContext(), initializer=end_with, initargs=(os.getpid(),)
+        ) as executor:
             try:
-                futures = {executor.submit(function, *job): index for index, job in enumerate(jobs)}
-                for future in as_completed(futures):
-                    results[futures[future]] = future.result()
-                    bar.update()
+                with ending_workers_at_once():
+                    futures = {executor.submit(function, *job): index for index, job in enumerate(jobs)}
+                    for future in as_completed(futures):
+                        results[futures[future]] = future.result()
+                        progress.update()
             except BrokenProcessPool as error:
                 raise OneShotError(
                     f"A worker process ended unexpectedly during {description.lower()!r}, most often because memory "

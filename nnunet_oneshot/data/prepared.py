@@ -28,7 +28,7 @@ from nnunet_oneshot.data.previous_stage import PreviousStage
 from nnunet_oneshot.data.raw import dataset_name
 from nnunet_oneshot.data.splits import Fold, resolve_fold
 from nnunet_oneshot.data.written import check_written_cases
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import NotReadyError
 from nnunet_oneshot.io import kept_folder, load_json_checked, require_env
 from nnunet_oneshot.names import check_name, inside
 
@@ -68,14 +68,14 @@ class PreparedDataset:
         check_name(plans_name, "name of the plans", "-p")
         if not (base / f"{plans_name}.json").is_file():
             found = sorted(p.stem for p in base.glob("*Plans*.json"))
-            raise OneShotError(
+            raise NotReadyError(
                 f"{base} has no plans {plans_name!r}; found: {found or 'none'}. Run `nnunet_oneshot "
                 f"plan_and_preprocess -d {dataset}` first, or correct -p."
             )
         path = base / f"{plans_name}.json"
         plans = check_plans(load_json_checked(path, "the plans file", dict), path)
         if configuration not in plans["configurations"]:
-            raise OneShotError(
+            raise NotReadyError(
                 f"Plans {plans_name!r} of {base.name} have no configuration {configuration!r}: they have "
                 f"{sorted(plans['configurations'])}. Correct -c."
             )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import NotReadyError, OneShotError
 
 _PREPROCESS = (
     "Preprocess the dataset again with `nnunet_oneshot plan_and_preprocess` or, for a dataset of stock nnU-Net, "
@@ -179,7 +179,7 @@ def check_preprocessed(folder: str, configuration: str) -> None:
     base = Path(folder)
     if not base.is_dir() or not any(base.glob("*.pkl")):
         found = "holds no preprocessed case" if base.is_dir() else "does not exist"
-        raise OneShotError(
+        raise NotReadyError(
             f"The folder {folder} {found}, so configuration {configuration} has not been preprocessed: run "
             f"`nnunet_oneshot plan_and_preprocess -d DATASET -c {configuration}` first."
         )

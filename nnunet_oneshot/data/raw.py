@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_oneshot.data.description import check_description, checked_labels
 from nnunet_oneshot.data.headers import file_order, is_nifti
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import NotReadyError, OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env
 from nnunet_oneshot.names import check_name
 
@@ -269,7 +269,7 @@ def dataset_name(dataset: int | str, folder: Path) -> str:
         OneShotError: There is not exactly one.
     """
     if not folder.is_dir():
-        raise OneShotError(f"{folder} is not a folder: correct the environment variable that names it.")
+        raise NotReadyError(f"{folder} is not a folder: correct the environment variable that names it.")
     present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name.startswith("Dataset"))
     text = str(dataset)
     if text.startswith("Dataset"):
@@ -279,7 +279,7 @@ def dataset_name(dataset: int | str, folder: Path) -> str:
     else:
         found = []
     if len(found) != 1:
-        raise OneShotError(
+        raise NotReadyError(
             f"Dataset {text!r} was not found: {len(found) or 'no'} folders match it in {folder}, expected one such as "
             f"Dataset{int(text) if text.isdecimal() else 4:03d}_Name. Present: {', '.join(present) or 'none'}."
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnunet_oneshot.config import BLOCK, OneShotConfig
+from nnunet_oneshot.config import BLOCK, OneShotConfig, differences, settings_in_force
 from nnunet_oneshot.data.atlas import AtlasChoice, resolve_atlases
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import Fold
@@ -39,7 +39,8 @@ class CaseRoles:
         return [
             f"{plural}: {', '.join(self.atlases)} ({self.how}).",
             f"Unlabelled training cases: {len(self.unlabelled)}. Their labels, where they have any, are not opened.",
-            f"Progress is watched on {len(self.progress)} {kind}; no validation label is read for it.",
+            f"Progress is watched on {len(self.progress)} {kind}, by the labels that are warped with the atlas: the "
+            f"pseudo Dice is not the Dice on real images, and no validation label is read for it.",
         ]
 
     def require_unlabelled(self) -> None:
@@ -105,5 +106,6 @@ def resolve_roles(
             f"the labels of all cases. For plans that see no label but the atlas's, run `nnunet_oneshot "
             f"plan_and_preprocess`."
         )
-    log(f'Settings of the "{BLOCK}" block in force: {config.to_dict()}')
+    changed = differences(settings_in_force(OneShotConfig()), settings_in_force(config))
+    log(f'Settings of the "{BLOCK}" block: {"; ".join(changed) or "the defaults"}.')
     return roles

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunet_oneshot.errors import OneShotError, listed
+from nnunet_oneshot.errors import NotReadyError, listed
 from nnunet_oneshot.io import Each, load_json_checked, save_json_atomic
 
 # In the dataset's folder: nnU-Net refuses foreign files beside the cases.
@@ -40,7 +40,7 @@ def check_written_cases(base: Path, folder: Path) -> None:
     parts = [("lacks", set(expected) - found), ("holds as a surplus", found - set(expected))]
     differing = [f"{verb} {listed(sorted(names))}" for verb, names in parts if names]
     if differing:
-        raise OneShotError(
+        raise NotReadyError(
             f"{folder} {' and '.join(differing)}; {len(expected)} cases were preprocessed together, as {base / RECORD} "
             f"notes. Preprocess the dataset again with `nnunet_oneshot plan_and_preprocess`, or delete that file if "
             f"the folder is as you want it."

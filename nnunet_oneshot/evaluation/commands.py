@@ -17,8 +17,10 @@ from pathlib import Path
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.locks import ending_with_parent, held_descriptors
+from nnunet_oneshot.progress import Status, duration
 
 _TAIL_LINES = 25
+_TAIL_BYTES = 2000
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def run_command(
             pass_fds=() if ending_with_parent() else held_descriptors(),
         )
         try:
-            status, peak = _wait(process)
+            status, peak = _wait(process, log_file)
         except BaseException:
             _stop(process)
             raise
@@ -114,14 +116,35 @@ def _stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _wait(process: subprocess.Popen) -> tuple[int, float | None]:
-    """Exit status of a process and its peak memory in MiB."""
-    if not hasattr(os, "wait4"):
-        return process.wait(), None
-    _, raw_status, usage = os.wait4(process.pid, 0)
+def _wait(process: subprocess.Popen, log_file: Path) -> tuple[int, float | None]:
+    """Exit status of a process and its peak memory in MiB; meanwhile the end of its log is shown."""
+    start, shown = time.monotonic(), Status()
+    try:
+        while True:
+            if not hasattr(os, "wait4"):
+                if process.poll() is not None:
+                    return process.returncode, None
+            else:
+                found, raw_status, usage = os.wait4(process.pid, os.WNOHANG)
+                if found:
+                    break
+            waited = time.monotonic() - start
+            # Short commands are not made longer.
+            time.sleep(min(1.0, 0.01 + waited / 20))
+            if waited > 1:
+                shown.tell(f"  {duration(waited)}: {_last_line(log_file)}")
+    finally:
+        shown.clear()
     process.returncode = os.waitstatus_to_exitcode(raw_status)
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return process.returncode, usage.ru_maxrss / unit
+
+
+def _last_line(log_file: Path) -> str:
+    with open(log_file, "rb") as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
+        lines = log.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _find_executable(name: str) -> str:

@@ -4,4 +4,8 @@ nnU-Net forgets every module of the folder that ``nnUNet_extTrainer`` names once
 defined here could not be pickled.
 """
 
+from nnunet_oneshot.mistakes import explain_mistakes
 from nnunet_oneshot.trainers import *  # noqa: F403
+from nnunet_oneshot.trainers import __all__
+
+explain_mistakes(tuple(__all__))

@@ -59,7 +59,7 @@ def test_interruption_ends_the_workers_of_a_command(tmp_path, monkeypatch):
     )
     log = tmp_path / "log.txt"
 
-    def interrupted(process):
+    def interrupted(process, log_file):
         while not log.read_text().strip():
             time.sleep(0.05)
         raise KeyboardInterrupt

@@ -494,3 +494,39 @@ def test_a_training_imports_the_modules_of_the_user(prepare, make_trainer, monke
     monkeypatch.setenv("nnUNet_oneshot_modules", "no_such_entries")
     with pytest.raises(OneShotError, match="names the module 'no_such_entries'"):
         make_trainer(prepare(), "OneShotAtlasTrainer_1epoch")
+
+
+def test_an_interruption_says_how_to_go_on(prepare, make_trainer, short, stubs, monkeypatch, capsys):
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer_5epochs")
+    step, steps = trainer.train_step, []
+
+    def interrupted(batch):
+        steps.append(batch)
+        if len(steps) in (2, 5):
+            raise KeyboardInterrupt
+        return step(batch)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    for ending in ("in epoch 0. The same command begins anew.", "in epoch 1. The same command goes on from the last"):
+        with pytest.raises(SystemExit, match="130"):
+            trainer.run_training()
+        assert ending in capsys.readouterr().out
+    assert "Interrupted in epoch 1." in log_of(trainer)
+
+
+def test_a_normal_start_shows_nothing_that_looks_like_failure(prepare, make_trainer, short, stubs, capsys):
+    trainer = make_trainer(prepare(), "OneShotDistillTrainer_1epoch")
+    trainer.run_training()
+    output = capsys.readouterr()
+    for noise in ("hiddenlayer", "Unable to", "Warning", "{"):
+        assert noise not in output.out + output.err
+    assert "Training 3d_fullres of nnUNetOneShotCPUPlans: patch " in output.out
+    assert "the pseudo Dice is not the Dice on real images" in output.out
+    # Nothing is lost: what nnU-Net prints of the plans is in the log.
+    assert "These are the global plan.json settings" in log_of(trainer)
+
+
+def test_settings_other_than_the_defaults_are_told(prepare, make_trainer, stubs):
+    trainer = make_trainer(prepare(), "OneShotSynthesisTrainer_1epoch", edit=block(seed=7))
+    assert trainer.roles
+    assert "seed was 12345, is 7" in log_of(trainer)

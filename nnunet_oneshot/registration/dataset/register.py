@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.orientation import relative_rotation
@@ -24,6 +23,7 @@ from nnunet_oneshot.errors import listed
 from nnunet_oneshot.io import writing
 from nnunet_oneshot.locks import waiting_for
 from nnunet_oneshot.precision import uses_bfloat16
+from nnunet_oneshot.progress import Progress
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.registration.dataset.cluster import cluster_workers
 from nnunet_oneshot.registration.dataset.network_store import registration_topology, stored_network
@@ -88,11 +88,18 @@ class DatasetRegistrar:
             OneShotError: The data are missing or damaged, the folder cannot be written to, or a pair failed, which is
                 named.
         """
+        return self._pass(fold, figures).run(cases, part)
+
+    def outstanding(self, cases: Sequence[str], *, fold: int | str | None = None) -> tuple[int, int]:
+        """How many pairs `register` would compute, and of how many. Arguments and errors are its own."""
+        return self._pass(fold).outstanding(cases)
+
+    def _pass(self, fold: int | str | None, figures: bool = True) -> _Pass:
         settings = self.config.registration
         guide = guided_by(settings, self.prepared, fold=fold, device=self.device)
         folder = self.prepared.kept / FOLDER / self.prepared.folder.name
         cache = RegistrationCache(folder if guide is None else guided_folder(folder, guide.digest))
-        return _Pass(self, self.config, cache, networks=folder, guide=guide, figures=figures).run(cases, part)
+        return _Pass(self, self.config, cache, networks=folder, guide=guide, figures=figures)
 
     def register_again(
         self, cases: Sequence[str], *, first: RegistrationCache, guide: SegmentingGuide, folder: str | Path
@@ -165,6 +172,11 @@ class _Pass:
             self._summarise(cases, part)
         return self.cache
 
+    def outstanding(self, cases: Sequence[str]) -> tuple[int, int]:
+        """How many pairs the cache lacks, and of how many."""
+        pairs = self._pairs(cases)
+        return len(self._missing(pairs)), len(pairs)
+
     def _compute(self, missing: Sequence[Pair], cases: Sequence[str]) -> None:
         """Registers pairs; ``cases`` are all that are registered, also by others, to train a network with."""
         device, workers = self.registrar.device, self.registrar.num_processes
@@ -183,7 +195,7 @@ class _Pass:
         )
         if self._uses_network:
             here = dataclasses.replace(here, network=self._network(here, cases))
-        with host_threads(here.device), tqdm(total=len(missing), desc="Registering") as progress:
+        with host_threads(here.device), Progress(len(missing), "Registering") as progress:
             if self.registrar.scheduler is not None:
                 batches = list(_batches(missing, here, at_most=1))
                 with cluster_workers(self.registrar.scheduler, self.registrar.log) as executor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import pickle
 from collections import deque
@@ -16,7 +15,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.locks import end_with
+from nnunet_oneshot.locks import WorkerContext, end_with, ending_workers_at_once
 from nnunet_oneshot.registration.dataset.pairs import Pair, PairWork, described
 from nnunet_oneshot.registration.pair.registrar import Aligned
 from nnunet_oneshot.registration.pair.registration import Registration
@@ -127,11 +126,10 @@ def _take_written(written: dict[Future, Pair], done: Callable[[int], object], *,
 @contextmanager
 def worker_processes(number: int) -> Iterator[Executor]:
     """Processes that compute with one thread each and end with this one, even where it is killed."""
-    # Forking a process that has started threads (torch, SimpleITK) can hang.
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(number, mp_context=context, initializer=_begin, initargs=(os.getpid(),))
+    executor = ProcessPoolExecutor(number, mp_context=WorkerContext(), initializer=_begin, initargs=(os.getpid(),))
     try:
-        yield executor
+        with ending_workers_at_once():
+            yield executor
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 

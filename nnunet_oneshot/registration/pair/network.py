@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import trange
 
 from nnunet_oneshot.config import RegistrationConfig
 from nnunet_oneshot.precision import processor_autocast
+from nnunet_oneshot.progress import tracked
 from nnunet_oneshot.registration.pair.functional import (
     contrastive_loss,
     diffusion_energy,
@@ -120,7 +120,8 @@ def fit_network(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(config.network_iterations, 1))
     losses = []
     network.train()
-    for _ in trange(config.network_iterations, desc="Training the registration network"):
+    number = config.network_iterations
+    for _ in tracked(range(number), number, "Training the registration network"):
         index = training.atlas_of[int(torch.randint(len(training.atlas_of), (1,), generator=generator))]
         pairs = [pair for pair, atlas in enumerate(training.atlas_of) if atlas == index]
         order = torch.randperm(len(pairs), generator=generator)[: config.network_batch_size]

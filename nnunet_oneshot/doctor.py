@@ -271,11 +271,11 @@ def _chosen(dataset: str, configuration: str | None, plans_name: str | None) -> 
     base = preprocessed / dataset_name(dataset, preprocessed)
     if plans_name is None:
         files = sorted(base.glob("*Plans*.json"), key=lambda path: path.stat().st_mtime)
-        ours = [path for path in files if BLOCK in check_plans(load_json_checked(path, "the plans file"), path)]
+        ours = [path for path in files if BLOCK in check_plans(load_json_checked(path, "the plans file", dict), path)]
         plans_name = (ours or files or [Path("nnUNetOneShotPlans.json")])[-1].stem
     path = base / f"{plans_name}.json"
     if configuration is None and path.is_file():
-        plans = check_plans(load_json_checked(path, "the plans file"), path, dict)
+        plans = check_plans(load_json_checked(path, "the plans file", dict), path)
         stages = [name for name in ("3d_fullres", "3d_lowres", "2d") if name in plans["configurations"]]
         done = [name for name in stages if (base / plans["configurations"][name].get("data_identifier", "")).is_dir()]
         configuration = next(iter([*done, *stages, *plans["configurations"]]), None)

@@ -126,9 +126,9 @@ def _add_benchmark(subparsers: argparse._SubParsersAction) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="affine registration corrected syn nnunet-atlas propagation synthesis distill nnunet-full (default: those "
-        "of them that can run), another peer, or one of them with an ablation or other settings: distill:no-hint, "
-        "distill:unlabelled_fraction=0.2",
+        help="affine registration corrected syn nnunet-atlas supervised-atlas propagation synthesis distill supervised "
+        "nnunet-full (default: those of them that can run), another peer, or one of them with an ablation or other "
+        "settings: distill:no-hint, distill:unlabelled_fraction=0.2",
     )
     parser.add_argument("--epochs", type=int, metavar="N", help="length of every training, 250 iterations an epoch")
     parser.add_argument(

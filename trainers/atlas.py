@@ -20,12 +20,17 @@ class OneShotAtlasTrainer(OneShotTrainer):
             return nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size(self)
         return super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
 
+    @property
+    def labelled_cases(self) -> list[str]:
+        """The cases that are trained on with their own labels."""
+        return list(self.roles.atlases)
+
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         patch_size = self.configuration_manager.patch_size
 
         def build(size, transforms) -> nnUNetDataLoader:
             return nnUNetDataLoader(
-                self.dataset_class(self.preprocessed_dataset_folder, list(self.roles.atlases)),
+                self.dataset_class(self.preprocessed_dataset_folder, self.labelled_cases),
                 self.batch_size,
                 size,
                 patch_size,

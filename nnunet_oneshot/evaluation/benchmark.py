@@ -23,7 +23,6 @@ from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.methods import (
-    CEILING,
     Method,
     default_methods,
     parse_method,
@@ -169,9 +168,9 @@ def _methods(names: Sequence[str] | None, prepared: PreparedDataset, log: Callab
         try:
             if method.propagation is not None and method.propagation in REGISTRATION_METHODS:
                 REGISTRATION_METHODS[method.propagation].require()
-            if method.base == CEILING and set(prepared.labelled) != set(prepared.identifiers):
+            if not method.uses_atlas and set(prepared.labelled) != set(prepared.identifiers):
                 raise OneShotError(
-                    f"Method {CEILING} needs the labels of all cases, and {prepared.name} has "
+                    f"Method {method.base} needs the labels of all cases, and {prepared.name} has "
                     f"{len(prepared.labelled)} of {len(prepared.identifiers)}: leave it out of --methods."
                 )
         except OneShotError as error:

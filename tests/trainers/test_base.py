@@ -94,6 +94,48 @@ def test_atlas_trainer_keeps_the_optimiser_of_nnunet(prepare, make_trainer):
     assert isinstance(trainer.optimizer, torch.optim.SGD)
 
 
+SUPERVISED = ["OneShotSupervisedAtlasTrainer", "OneShotSupervisedTrainer"]
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_ceilings_train_like_the_trainers_that_warp(name, prepare, make_trainer, stubs):
+    dataset = prepare()
+    ceiling, synthesis = (make_trainer(dataset, kind) for kind in (name, "OneShotSynthesisTrainer"))
+    for trainer in (ceiling, synthesis):
+        trainer.initialize()
+        trainer.get_dataloaders()
+    compared = [
+        (t.num_epochs, t.batch_size, str(t.optimizer), str(t.loss), t.inference_allowed_mirroring_axes)
+        for t in (ceiling, synthesis)
+    ]
+    assert compared[0] == compared[1]
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_ceilings_read_the_labels_that_they_say(name, prepare, make_trainer):
+    trainer = make_trainer(prepare(labelled=("case_00", "case_01", "case_02", "case_03")), name)
+    trainer.initialize()
+    train, val = trainer.do_split()
+    cases = [loader.data_loader._data.identifiers for loader in trainer.get_dataloaders()]
+    labelled = sorted(case for case in train if case < "case_04")
+    assert cases == [labelled, labelled] and not set(labelled) & set(val)
+    says_so = "THIS IS NO ONE-SHOT TRAINING" in log_of(trainer)
+    assert says_so == (name == "OneShotSupervisedTrainer")
+    # Without the sentence that other labels are not opened.
+    assert says_so != ("are not opened" in log_of(trainer))
+
+
+def test_all_labels_or_the_atlas_alone(prepare, make_trainer):
+    dataset = prepare()
+    cases = []
+    for name in SUPERVISED:
+        trainer = make_trainer(dataset, name)
+        trainer.initialize()
+        cases.append(trainer.get_dataloaders()[0].data_loader._data.identifiers)
+        assert len(trainer.roles.atlases) == 1
+    assert cases == [list(trainer.roles.atlases), sorted(trainer.do_split()[0])]
+
+
 def test_network_starts_from_the_seed(prepare, make_trainer):
     dataset = prepare()
     weights = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,6 +27,7 @@ from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
 from nnunet_oneshot.locks import end_workers_with_this_process, free, take_or_refuse
+from nnunet_oneshot.marginal import merged_outputs
 from nnunet_oneshot.names import check_name
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
 from nnunet_oneshot.registry import load_modules
@@ -117,12 +119,30 @@ class OneShotTrainer(nnUNetTrainer):
     # nnU-Net's own steps see to mixed precision on CUDA and have none on a processor. Their backward pass falls into
     # the context too; of what runs there it changes nothing, as all convolutions are in bfloat16 already.
     def train_step(self, batch: dict) -> dict:
-        with processor_autocast(self.device, self.config.precision):
+        with processor_autocast(self.device, self.config.precision), self._merging_hidden(batch):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
-        with processor_autocast(self.device, self.config.precision):
+        with processor_autocast(self.device, self.config.precision), self._merging_hidden(batch):
             return super().validation_step(batch)
+
+    def hidden_labels(self, batch: dict) -> list[tuple[int, ...]]:
+        """For each sample of a batch the labels that its label map does not show."""
+        cases = batch.get("atlases") or batch.get("keys", ())
+        return [self.prepared.hidden_labels.get(str(case), ()) for case in cases]
+
+    @contextmanager
+    def _merging_hidden(self, batch: dict) -> Iterator[None]:
+        """While it lasts, the network's outputs for partly labelled samples are those of `merged_outputs`."""
+        hidden = self.hidden_labels(batch)
+        if not any(hidden):
+            yield
+            return
+        hook = self.network.register_forward_hook(lambda _, __, outputs: merged_outputs(outputs, hidden))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @cached_property
     def prepared(self) -> PreparedDataset:
@@ -197,7 +217,8 @@ class OneShotTrainer(nnUNetTrainer):
     def _validate(self, save_probabilities: bool) -> None:
         fold = self._fold()
         if not fold.scored:
-            reason = "none of its validation cases has a label" if fold.validation else "it has no validation case"
+            kind = "complete label" if fold.partial else "label"
+            reason = f"none of its validation cases has a {kind}" if fold.validation else "it has no validation case"
             self.print_to_log_file(
                 f"Final validation: there is nothing to score for fold {self.fold}, since {reason}. The model is "
                 f"complete: predict images with nnUNetv2_predict and look at the results."
@@ -209,7 +230,8 @@ class OneShotTrainer(nnUNetTrainer):
             return
         if len(fold.scored) < len(fold.validation):
             self.print_to_log_file(
-                f"Final validation: {len(fold.scored)} of {len(fold.validation)} cases have a label and are scored."
+                f"Final validation: {len(fold.scored)} of {len(fold.validation)} cases have a "
+                f"{'complete label' if fold.partial else 'label'} and are scored."
             )
         self._scored_cases = fold.scored
         try:

@@ -16,6 +16,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, remove_teachers, saving_teacher
+from nnunet_oneshot.marginal import merged_outputs
 from nnunet_oneshot.precision import autocast
 from nnunet_oneshot.registration.dataset.cache import FOLDER, GuidedRegistrations, RegistrationCache, kept_of
 from nnunet_oneshot.seeding import derive_seed, seed_everything
@@ -175,7 +176,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 self._scaled(reconstruction).backward()
         with self._autocast():
             output, features = self._features(self._student(), data)
-            total = segmentation = self.loss(output, target)
+            total = segmentation = self.loss(merged_outputs(output, self.hidden_labels(batch)), target)
             if teaches:
                 hint = self.distiller.hint(features, teacher_features, hint_weight=self._hint_weight())
                 total = segmentation + hint
@@ -260,7 +261,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                     for name, found in counts.items():
                         # nnU-Net's step clears ignored voxels of the target that it is given.
                         target = copy.deepcopy(batch["target"])
-                        found.append(self.validation_step({"data": batch[name], "target": target}))
+                        found.append(self.validation_step({**batch, "data": batch[name], "target": target}))
         finally:
             self.network = network
         return pooled_dice(counts["data"]), pooled_dice(counts["real"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from nnunet_oneshot.data.atlas import resolve_atlases
+from nnunet_oneshot.data.partial import require_every_label
 from nnunet_oneshot.data.roles import CaseRoles, assign_roles
 from nnunet_oneshot.trainers.atlas import OneShotAtlasTrainer
 from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
@@ -46,6 +47,7 @@ class OneShotSupervisedTrainer(OneShotSupervisedAtlasTrainer):
         if self._roles is None:
             fold, cases = self._fold(), self.labelled_cases
             choice = resolve_atlases(self.prepared.base, self.config, fold, self.prepared.image_in_common_order)
+            require_every_label(self.dataset_json, cases, fold.number)
             self._roles = assign_roles(choice, fold, self.config)
             self.print_to_log_file(
                 f"THIS IS NO ONE-SHOT TRAINING but a ceiling to compare with: it reads the labels of all {len(cases)} "

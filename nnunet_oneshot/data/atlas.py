@@ -50,8 +50,9 @@ def resolve_atlases(
 ) -> AtlasChoice:
     """The atlases of a fold: those the plans name, else those of ``oneshot_atlas.json``, else chosen without labels.
 
-    In a partly labelled data set every labelled training case is an atlas. Where all training cases are labelled one is
-    chosen: the medoid of the training images (see `nnunet_oneshot.data.thumbnails`). The choice is written to the file.
+    In a partly labelled data set every labelled training case is an atlas, also where all are labelled but some only in
+    part. Where all training cases are labelled one is chosen: the medoid of the training images (see
+    `nnunet_oneshot.data.thumbnails`). The choice is written to the file.
 
     Args:
         dataset_folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
@@ -68,10 +69,10 @@ def resolve_atlases(
     path = Path(dataset_folder) / ATLAS_FILE
     if not path.is_file():
         # Once for all folds, by those of the first, so that it does not matter which is trained first.
-        first = resolve_fold(dataset_folder, [*fold.train, *fold.validation], fold.labelled, 0)
+        first = resolve_fold(dataset_folder, [*fold.train, *fold.validation], fold.labelled, 0, partial=fold.partial)
         choice = _choose(first, image_loader)
         # Where every labelled case serves, the file names them all: each fold then leaves out its own validation cases.
-        partly = set(fold.labelled) < {*fold.train, *fold.validation}
+        partly = bool(fold.partial) or set(fold.labelled) < {*fold.train, *fold.validation}
         names = sorted(fold.labelled) if partly else choice.atlases
         save_choice(dataset_folder, names, by_user=False, how=choice.how)
         if set(choice.atlases) <= set(fold.train) and not partly:
@@ -134,7 +135,7 @@ def _choose(fold: Fold, image_loader: Callable[[str], np.ndarray]) -> AtlasChoic
     candidates = sorted(set(fold.train) & set(fold.labelled))
     if not candidates:
         raise OneShotError(f"The training part has no labelled case. Labelled: {listed(sorted(fold.labelled))}.")
-    if {*fold.train, *fold.validation} - set(fold.labelled):
+    if fold.partial or {*fold.train, *fold.validation} - set(fold.labelled):
         return AtlasChoice(candidates, "every labelled training case")
     best, correlation = find_medoid(candidates, {case: pool_volume(image_loader(case)) for case in fold.train})
     return AtlasChoice(

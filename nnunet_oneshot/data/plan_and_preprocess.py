@@ -187,7 +187,7 @@ def _choose_atlases(
 ) -> AtlasChoice:
     """Atlases whose labels the fingerprint may use: the user's, or those of fold 0's training part."""
     _copy_splits(raw, folder)
-    fold = resolve_fold(folder, raw.cases, raw.labelled, 0)
+    fold = resolve_fold(folder, raw.cases, raw.labelled, 0, partial=sorted(raw.hidden_labels))
     if options.atlases is not None:
         choice = AtlasChoice(list(dict.fromkeys(options.atlases)), "named by --atlas")
         _report_folds(raw, folder, choice.atlases, log)

@@ -33,17 +33,19 @@ class Fold:
         train: Training cases.
         validation: Validation cases.
         labelled: All labelled cases of the dataset, sorted.
+        partial: Those of them whose label shows some structures only.
     """
 
     number: int | str
     train: list[str]
     validation: list[str]
     labelled: list[str]
+    partial: Sequence[str] = ()
 
     @property
     def scored(self) -> list[str]:
-        """The validation cases that have a label to be scored against."""
-        return [case for case in self.validation if case in self.labelled]
+        """The validation cases that have a label to be scored against, which shows every structure."""
+        return [case for case in self.validation if case in self.labelled and case not in self.partial]
 
 
 def fold_number(text: int | str) -> int | str:
@@ -58,7 +60,12 @@ def fold_number(text: int | str) -> int | str:
 
 
 def resolve_fold(
-    dataset_folder: str | Path, identifiers: Sequence[str], labelled: Sequence[str], number: int | str
+    dataset_folder: str | Path,
+    identifiers: Sequence[str],
+    labelled: Sequence[str],
+    number: int | str,
+    *,
+    partial: Sequence[str] = (),
 ) -> Fold:
     """Training and validation cases of a fold; writes ``splits_final.json`` where it is missing.
 
@@ -68,6 +75,7 @@ def resolve_fold(
         labelled: Those of them that are labelled.
         number: A fold's number or ``"all"`` (everything is training, nothing validation). A number beyond the file gets
             nnU-Net's seeded 80:20 split, in which a labelled and a further case stay in the training part.
+        partial: Those whose label shows some structures only.
 
     Raises:
         OneShotError: There is no label or only one case, or ``splits_final.json`` does not fit the data set.
@@ -82,7 +90,7 @@ def resolve_fold(
             f"{len(cases)} cases. Label at least one and run `nnunet_oneshot plan_and_preprocess` again."
         )
     if number == "all":
-        return Fold(number, cases, [], labelled)
+        return Fold(number, cases, [], labelled, partial)
     path = folder / SPLITS_FILE
     if not path.is_file():
         save_json_atomic(create_splits(cases, labelled), path)
@@ -92,7 +100,7 @@ def resolve_fold(
         _check_fold(path, int(number), train, val, cases, labelled)
     else:
         train, val = _random_fold(cases, labelled, int(number))
-    return Fold(number, list(train), list(val), labelled)
+    return Fold(number, list(train), list(val), labelled, partial)
 
 
 def create_splits(cases: Sequence[str], labelled: Sequence[str]) -> list[dict[str, list[str]]]:

@@ -23,6 +23,7 @@ from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.methods import (
+    CEILING,
     Method,
     default_methods,
     parse_method,
@@ -172,6 +173,11 @@ def _methods(names: Sequence[str] | None, prepared: PreparedDataset, log: Callab
                 raise OneShotError(
                     f"Method {method.base} needs the labels of all cases, and {prepared.name} has "
                     f"{len(prepared.labelled)} of {len(prepared.identifiers)}: leave it out of --methods."
+                )
+            if method.base == CEILING and prepared.hidden_labels:
+                raise OneShotError(
+                    f"Method {CEILING} would learn what partly labelled cases do not show as background, and "
+                    f"{prepared.name} has {len(prepared.hidden_labels)} such: leave it out of --methods."
                 )
         except OneShotError as error:
             if names:

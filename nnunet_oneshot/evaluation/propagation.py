@@ -19,6 +19,7 @@ from nnunet_oneshot.config import OneShotConfig, with_guide
 from nnunet_oneshot.data.atlas import resolve_atlases
 from nnunet_oneshot.data.headers import carry_geometry
 from nnunet_oneshot.data.orientation import aligned_by_headers, edges_in_common_order, in_common_order
+from nnunet_oneshot.data.partial import averaged_probabilities
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.raw import RawDataset, find_images
 from nnunet_oneshot.data.splits import Fold
@@ -219,7 +220,8 @@ class Propagator:
         """Writes the segmentation of one preprocessed image (C, X, Y, Z) in its original grid."""
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
-        probabilities = np.mean([self._probabilities(atlas, case, image, properties) for atlas in self.atlases], axis=0)
+        found = {atlas: self._probabilities(atlas, case, image, properties) for atlas in self.atlases}
+        probabilities = averaged_probabilities(found, self.labels, self.prepared.hidden_labels)
         if self.method == "corrected":
             probabilities = self._corrected(probabilities, image)
         logits = probabilities_to_logits(probabilities, self.labels, self.prepared.label_manager)

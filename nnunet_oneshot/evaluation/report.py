@@ -102,9 +102,7 @@ def _gaps(rows: Sequence[Mapping[str, Any]]) -> ClosedGaps:
     return ClosedGaps(floor, ceiling, {method: gap for method, gap in found.items() if gap is not None})
 
 
-def _summary_markdown(
-    rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]], gaps: ClosedGaps
-) -> str:
+def _summary_markdown(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]], gaps: ClosedGaps) -> str:
     methods = methods_in(rows)
     tables = {method: score_table(rows, method) for method in methods}
     first = records[0]
@@ -142,9 +140,7 @@ def _how(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _score_lines(
-    rows: Sequence[Mapping[str, Any]], tables: Mapping[str, ScoreTable], gaps: ClosedGaps
-) -> list[str]:
+def _score_lines(rows: Sequence[Mapping[str, Any]], tables: Mapping[str, ScoreTable], gaps: ClosedGaps) -> list[str]:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     header = ["method", *labels, "mean", "between seeds (SD)", "HD95 (mm)", "NSD 2 mm", "gap closed"]
     body = []

@@ -542,3 +542,55 @@ def test_a_training_imports_the_modules_of_the_user(prepare, make_trainer, monke
     monkeypatch.setenv("nnUNet_oneshot_modules", "no_such_entries")
     with pytest.raises(OneShotError, match="names the module 'no_such_entries'"):
         make_trainer(prepare(), "OneShotAtlasTrainer_1epoch")
+
+
+@pytest.mark.parametrize("name", ["OneShotAtlasTrainer", "OneShotSynthesisTrainer", "OneShotDistillTrainer"])
+def test_what_an_atlas_does_not_show_is_no_error_of_the_network(name, prepare, make_trainer, stubs):
+    """A network that finds the hidden structure everywhere, where the label says background."""
+    dataset = prepare()
+    path = dataset.preprocessed / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "oneshot": {"partial": {"case_00": ["left"]}}}))
+    trainer = make_trainer(dataset, name)
+    trainer.initialize()
+    with torch.no_grad():
+        for head in trainer.network.decoder.seg_layers:
+            head.bias[2] = 50
+    patch = torch.rand(2, 1, *trainer.configuration_manager.patch_size)
+    scales = trainer._get_deep_supervision_scales() or [[1, 1, 1]]
+    sizes = [[round(s * f) for s, f in zip(patch.shape[2:], factors, strict=True)] for factors in scales]
+    found = {}
+    for atlas in ("case_00", "case_01"):
+        target = [torch.zeros(2, 1, *size, dtype=torch.int16) for size in sizes]
+        batch = {
+            "data": patch,
+            "real": patch,
+            "from_real": torch.zeros(2, dtype=torch.bool),
+            "target": target if trainer.enable_deep_supervision else target[0],
+            "keys": [atlas] * 2 if name == "OneShotAtlasTrainer" else ["case_05"] * 2,
+            **({} if name == "OneShotAtlasTrainer" else {"atlases": [atlas] * 2}),
+        }
+        found[atlas] = trainer.validation_step(batch), trainer.train_step(batch)
+    hidden, shown = found["case_00"], found["case_01"]
+    assert hidden[0]["fp_hard"][1] == 0 < shown[0]["fp_hard"][1]
+    assert all(step["loss"] < 1 for step in hidden) and all(step["loss"] > 30 for step in shown)
+    assert not trainer.network._forward_hooks
+
+
+def test_a_structure_that_no_atlas_shows_is_refused(prepare, make_trainer, stubs):
+    dataset = prepare(labelled=("case_00",))
+    path = dataset.preprocessed / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "oneshot": {"partial": {"case_00": ["left"]}}}))
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer")
+    trainer.initialize()
+    with pytest.raises(OneShotError, match="None of the atlases of fold 0 .case_00. shows right"):
+        trainer.get_dataloaders()
+
+
+def test_partly_labelled_validation_cases_are_not_scored(prepare, make_trainer):
+    dataset = prepare()
+    path = dataset.preprocessed / "dataset.json"
+    splits = json.loads((dataset.preprocessed / "splits_final.json").read_text())
+    partly = splits[0]["val"][0]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "oneshot": {"partial": {partly: ["left"]}}}))
+    fold = make_trainer(dataset, "OneShotSynthesisTrainer")._fold()
+    assert partly in fold.validation and fold.scored == [case for case in fold.validation if case != partly]

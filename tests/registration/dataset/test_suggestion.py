@@ -14,7 +14,7 @@ from nnunet_oneshot.cli import main
 from nnunet_oneshot.data.image_folder import ImageFolder
 from nnunet_oneshot.data.thumbnails import find_medoid
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.registration.dataset.ranking import rank_cases
+from nnunet_oneshot.registration.dataset.ranking import rank_cases, rank_next
 from nnunet_oneshot.registration.dataset.suggestion import suggest_atlas
 
 
@@ -129,3 +129,67 @@ def test_what_cannot_be_ranked_is_said(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["suggest-atlas"])
     assert "one of the arguments -d -i is required" in capsys.readouterr().err
+
+
+def families():
+    """Two cases like the labelled one, three of another shape, and one like none."""
+    first, second, third = scene(0), scene(1), scene(2)
+    noise = [0.3 * scene(seed) for seed in range(10, 15)]
+    volumes = {"known": first, "like_a": first + noise[0], "like_b": first + noise[1], "strange": third}
+    others = {f"new_{i}": second + noise[2 + i] for i in range(3)}
+    return {name: volume[None] for name, volume in {**volumes, **others}.items()}
+
+
+def test_the_next_case_stands_for_those_that_no_labelled_one_is_like():
+    ranking = rank_next(families(), ["known"])
+    assert {entry.case for entry in ranking[:3]} == {"new_0", "new_1", "new_2"}
+    assert {entry.case for entry in ranking[-2:]} == {"like_a", "like_b"}
+    assert {entry.nearest for entry in ranking} == {"known"} and all(entry.agreement is None for entry in ranking)
+    by_name = {entry.case: entry for entry in ranking}
+    assert by_name["like_a"].similarity > by_name["new_0"].similarity
+    # The other family is covered once one of it is labelled.
+    again = rank_next(families(), ["known", ranking[0].case])
+    assert again[0].case == "strange" and again[0].gain < ranking[0].gain
+
+
+def test_disagreement_of_the_student_counts_as_much_as_coverage():
+    plain = rank_next(families(), ["known"])
+    agreement = {entry.case: 0.9 for entry in plain}
+    assert [entry.case for entry in rank_next(families(), ["known"], agreement)] == [entry.case for entry in plain]
+    third = plain[2].case
+    first = rank_next(families(), ["known"], {**agreement, third: 0.2})[0]
+    assert (first.case, first.agreement) == (third, 0.2)
+
+
+def test_the_next_case_to_label_is_suggested_by_the_names_of_labels_alone(tiny_dataset, tmp_path, capsys):
+    dataset = tiny_dataset(n_cases=5, shape=(14, 16, 12), labelled=("case_01", "case_03"))
+    for case in ("case_01", "case_03"):
+        dataset.label(case).write_bytes(b"not an image")
+    out = tmp_path / "out"
+    assert main(["suggest-atlas", "-d", str(dataset.id), "--next", "-o", str(out), "-np", "1"]) == 0
+    content = json.loads((out / "next_ranking.json").read_text())
+    assert sorted(entry["case"] for entry in content["ranking"]) == ["case_00", "case_02", "case_04"]
+    assert {entry["nearest"] for entry in content["ranking"]} <= {"case_01", "case_03"} == set(content["labelled"])
+    with open(out / "next_ranking.csv", newline="") as file:
+        assert [row["case"] for row in csv.DictReader(file)] == [entry["case"] for entry in content["ranking"]]
+    assert (out / "next_ranking.png").read_bytes().startswith(b"\x89PNG")
+    assert f"Label {content['ranking'][0]['case']} next" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labelled", "arguments", "message"),
+    [
+        ((), ["--next"], "0 labelled and 4 unlabelled"),
+        ("all", ["--next"], "4 labelled and 0 unlabelled"),
+        ((), ["--student", "model"], "--student goes with --next"),
+        (("case_00",), ["--next", "--student", "nowhere"], "plan_and_preprocess"),
+    ],
+)
+def test_what_cannot_be_ranked_as_next_is_said(labelled, arguments, message, tiny_dataset, tmp_path, capsys):
+    dataset = tiny_dataset(n_cases=4, shape=(14, 16, 12), labelled=labelled)
+    dataset.preprocessed.mkdir()
+    assert main(["suggest-atlas", "-d", str(dataset.id), "-o", str(tmp_path / "out"), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert main(["suggest-atlas", "-i", str(dataset.raw / "imagesTr"), "--next"]) == 1
+    assert "--next needs a dataset" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -334,6 +334,7 @@ def _propagate(options: argparse.Namespace) -> None:
         out=options.o,
         method=options.method,
         guide=options.guide,
+        student=options.student,
         device=options.device,
     )
 
@@ -360,6 +361,12 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
         "training does), affine (its first stage), or a peer such as syn (default: registration)",
     )
     _add_guide(parser)
+    parser.add_argument(
+        "--student",
+        metavar="MODEL_FOLDER",
+        help="with --method corrected: trained model with a finished training of the same fold, whose probabilities "
+        "are fused with the corrected labels (default: none)",
+    )
     _add_device(parser, "the registration runs")
     parser.set_defaults(run=_propagate)
 
@@ -478,7 +485,8 @@ def _add_suggest_atlas(subparsers: argparse._SubParsersAction) -> None:
         description="Aligns small copies of all images and ranks the cases by their mean correlation to the others. "
         "Opens no label. Prints the ranking and writes atlas_ranking.csv, atlas_ranking.json and atlas_ranking.png, "
         "a picture of the most and the least typical cases. With --next it ranks the unlabelled cases by what their "
-        "label would add to those in labelsTr, whose names alone are read, and writes next_ranking.csv, .json and .png.",
+        "label would add to those in labelsTr, whose names alone are read, and writes next_ranking.csv, .json "
+        "and .png.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("-d", metavar="DATASET", help="dataset number or name in nnUNet_raw")

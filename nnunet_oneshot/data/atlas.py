@@ -92,6 +92,31 @@ def resolve_atlases(
     return AtlasChoice(choice.atlases, how)
 
 
+def forget_outdated_choice(dataset_folder: str | Path, cases: Sequence[str], labelled: Sequence[str]) -> list[str]:
+    """Removes the program's choice where a partly labelled data set got labels since, so that they become atlases too.
+
+    Args:
+        dataset_folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
+        cases: All cases of the data set.
+        labelled: Those that are labelled.
+
+    Returns:
+        The new labelled cases; none where the choice is kept, as one of the user's is.
+
+    Raises:
+        OneShotError: The file of the choice is damaged.
+    """
+    path = Path(dataset_folder) / ATLAS_FILE
+    if not path.is_file() or set(labelled) == set(cases):
+        return []
+    stored = _read(path)
+    new = sorted(set(labelled) - set(stored["atlases"]))
+    if not new or any(map(_is_users, [stored, *stored.get("folds", {}).values()])):
+        return []
+    path.unlink()
+    return new
+
+
 def save_choice(dataset_folder: str | Path, atlases: Sequence[str], *, by_user: bool, how: str) -> None:
     """Writes ``oneshot_atlas.json``."""
     save_json_atomic(_entry(atlases, by_user=by_user, how=how), Path(dataset_folder) / ATLAS_FILE)

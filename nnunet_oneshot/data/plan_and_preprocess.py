@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from nnunet_oneshot.config import BLOCK, OneShotConfig
-from nnunet_oneshot.data.atlas import AtlasChoice, resolve_atlases, save_choice
+from nnunet_oneshot.data.atlas import AtlasChoice, forget_outdated_choice, resolve_atlases, save_choice
 from nnunet_oneshot.data.fingerprint import (
     CaseSurvey,
     fingerprint_unchanged,
@@ -31,7 +31,7 @@ from nnunet_oneshot.data.preprocessing import preprocess_configuration
 from nnunet_oneshot.data.raw import RawDataset, find_dataset
 from nnunet_oneshot.data.splits import SPLITS_FILE, check_splits, read_splits, resolve_fold
 from nnunet_oneshot.data.verify import check_files
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, listed
 from nnunet_oneshot.io import atomic_path, load_json_checked, require_env, writing
 from nnunet_oneshot.locks import waiting_for
 
@@ -192,6 +192,8 @@ def _choose_atlases(
         choice = AtlasChoice(list(dict.fromkeys(options.atlases)), "named by --atlas")
         _report_folds(raw, folder, choice.atlases, log)
     else:
+        if new := forget_outdated_choice(folder, raw.cases, raw.labelled):
+            log(f"Note: {listed(new)} got labels since the atlas was chosen, which is done again.")
         # Which fold will be trained is not known yet: refusing an atlas that a fold holds out is left to its trainer.
         if config.atlases is not None:
             fold = replace(fold, train=raw.cases, validation=[])

@@ -82,7 +82,7 @@ def agreement_with_registration(
             f"plan_and_preprocess` again."
         )
     config, place, fold = OneShotConfig.from_plans(prepared.plans), usable_device(run.device), prepared.fold(run.fold)
-    student = Student(run.folder, prepared, fold=fold.number, device=place)
+    student = Student(run.folder, prepared, fold=fold.number, device=place, what="student")
     choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order)
     registrar = DatasetRegistrar(prepared, config, choice.atlases, place, log, num_processes=num_processes)
     registrations = registrar.register(cases, fold=fold.number)

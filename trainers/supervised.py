@@ -37,6 +37,8 @@ class OneShotSupervisedTrainer(OneShotSupervisedAtlasTrainer):
     measured on training cases, so that no validation label is read.
     """
 
+    _roles: CaseRoles | None
+
     @property
     def labelled_cases(self) -> list[str]:
         fold = self._fold()

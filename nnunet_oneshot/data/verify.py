@@ -272,7 +272,7 @@ def read_label(raw: RawDataset, case: str, image: CaseImage) -> tuple[np.ndarray
     if surplus := sorted(hidden & {int(value) for value in np.unique(label)}):
         raise OneShotError(
             f'Case {case}: the label {path} holds the values {surplus}, which "oneshot" in dataset.json declares as '
-            f'shown: list all structures that it shows under "partial", or correct the label.'
+            f'not shown: list all structures that it shows under "partial", or correct the label.'
         )
     present = {float(value) for value in np.unique(label)}
     if not present - {0, manager.ignore_label}:

@@ -105,7 +105,7 @@ def test_partial_labels_are_planned_without_a_warning_of_what_is_missing(partly,
 
 def test_a_label_that_holds_what_it_is_said_not_to_show_is_refused(partly, capsys):
     assert plan(partly(honest=False), "--atlas", "case_00") == 1
-    assert "holds the values [2], which \"oneshot\" in dataset.json declares as not shown" in capsys.readouterr().err
+    assert 'holds the values [2], which "oneshot" in dataset.json declares as not shown' in capsys.readouterr().err
 
 
 def test_a_declaration_that_is_added_later_is_checked_too(partly, capsys):

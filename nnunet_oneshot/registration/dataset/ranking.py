@@ -104,12 +104,7 @@ def rank_next(
     num_processes: int = 1,
     show_progress: bool = False,
 ) -> list[NextCase]:
-    """Ranks unlabelled cases by how much the label of each would add to those that are there.
-
-    By images alone, a case comes first if its label raises most the mean, over all cases, of the correlation to the
-    most similar labelled one: it is unlike the labelled cases, and others are like it. One that is like nothing gains
-    little. With the agreement of a student and of registration, the order is that of the sum of two places, by gain
-    (largest first) and by agreement (lowest first).
+    """Ranks unlabelled cases by how much the label of each would add to those that are there; see `order_next`.
 
     Args:
         volumes: Small volumes of equal shape, see `nnunet_oneshot.data.thumbnails.pool_volume`.
@@ -119,30 +114,53 @@ def rank_next(
         show_progress: Whether to show progress bars.
 
     Returns:
-        All unlabelled cases, first the one to be labelled next; ties are sorted by gain, then by name.
+        All unlabelled cases, first the one to be labelled next.
     """
-    names = sorted(volumes)
     matrix = _aligned_correlations(volumes, num_processes=num_processes, show_progress=show_progress)
-    known = [names.index(case) for case in sorted(labelled)]
-    covered = matrix[:, known].max(1)
+    return order_next(sorted(volumes), matrix, labelled, agreement)
+
+
+def order_next(
+    names: Sequence[str],
+    similarities: np.ndarray,
+    labelled: Sequence[str],
+    agreement: Mapping[str, float] | None = None,
+) -> list[NextCase]:
+    """The order in which unlabelled cases are to be labelled.
+
+    By images alone, a case comes first if its label raises most the mean, over all cases, of the similarity to the most
+    similar labelled one: it is unlike the labelled cases, and others are like it. One that is like nothing gains
+    little. With the agreement of a student and of registration, the order is that of the sum of two places, by gain
+    (largest first) and by agreement (lowest first).
+
+    Args:
+        names: Of all cases.
+        similarities: (N, N) in their order, symmetric.
+        labelled: The labelled cases, at least one.
+        agreement: Unlabelled case to the Dice between a student's prediction and the label that registration carries.
+
+    Returns:
+        All unlabelled cases; ties are sorted by gain, then by name.
+    """
+    known = [index for index, name in enumerate(names) if name in set(labelled)]
+    others = [index for index in range(len(names)) if index not in set(known)]
+    covered = similarities[:, known].max(1)
     # Rounded, so that the order of ties does not depend on the summation order of a BLAS library.
-    gains = np.round(np.maximum(matrix - covered[:, None], 0).mean(0), 6)
-    others = [index for index, name in enumerate(names) if name not in set(labelled)]
+    gains = np.round(np.maximum(similarities - covered[:, None], 0).mean(0), 6)
     places = _places({i: -gains[i] for i in others})
     if agreement is not None:
         doubts = _places({i: agreement[names[i]] for i in others})
         places = {i: places[i] + doubts[i] for i in others}
-    order = sorted(others, key=lambda i: (places[i], -gains[i], names[i]))
     return [
         NextCase(
             rank,
             names[i],
-            float(gains[i]),
-            float(covered[i]),
-            names[known[int(matrix[i, known].argmax())]],
-            None if agreement is None else float(agreement[names[i]]),
+            gain=float(gains[i]),
+            similarity=float(covered[i]),
+            nearest=names[known[int(similarities[i, known].argmax())]],
+            agreement=None if agreement is None else float(agreement[names[i]]),
         )
-        for rank, i in enumerate(order, 1)
+        for rank, i in enumerate(sorted(others, key=lambda i: (places[i], -gains[i], names[i])), 1)
     ]
 
 

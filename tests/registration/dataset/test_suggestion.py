@@ -14,7 +14,7 @@ from nnunet_oneshot.cli import main
 from nnunet_oneshot.data.image_folder import ImageFolder
 from nnunet_oneshot.data.thumbnails import find_medoid
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.registration.dataset.ranking import rank_cases, rank_next
+from nnunet_oneshot.registration.dataset.ranking import order_next, rank_cases
 from nnunet_oneshot.registration.dataset.suggestion import suggest_atlas
 
 
@@ -131,34 +131,38 @@ def test_what_cannot_be_ranked_is_said(tmp_path, capsys):
     assert "one of the arguments -d -i is required" in capsys.readouterr().err
 
 
+NAMES = ["known", "like_a", "like_b", "new_0", "new_1", "new_2", "strange"]
+
+
 def families():
-    """Two cases like the labelled one, three of another shape, and one like none."""
-    first, second, third = scene(0), scene(1), scene(2)
-    noise = [0.3 * scene(seed) for seed in range(10, 15)]
-    volumes = {"known": first, "like_a": first + noise[0], "like_b": first + noise[1], "strange": third}
-    others = {f"new_{i}": second + noise[2 + i] for i in range(3)}
-    return {name: volume[None] for name, volume in {**volumes, **others}.items()}
+    """Similarities of two cases like the labelled one, three of another shape, and one like none."""
+    group = np.array([0, 0, 0, 1, 1, 1, 2])
+    matrix = np.where(group[:, None] == group, 0.9, 0.1)
+    matrix[3, 4] = matrix[4, 3] = 0.95
+    np.fill_diagonal(matrix, 1)
+    return NAMES, matrix
 
 
 def test_the_next_case_stands_for_those_that_no_labelled_one_is_like():
-    ranking = rank_next(families(), ["known"])
-    assert {entry.case for entry in ranking[:3]} == {"new_0", "new_1", "new_2"}
-    assert {entry.case for entry in ranking[-2:]} == {"like_a", "like_b"}
+    ranking = order_next(*families(), ["known"])
+    assert [entry.case for entry in ranking] == ["new_0", "new_1", "new_2", "strange", "like_a", "like_b"]
+    assert [entry.rank for entry in ranking] == [1, 2, 3, 4, 5, 6]
+    # New to itself and to two others; strange to itself alone.
+    assert [ranking[0].gain, ranking[3].gain] == pytest.approx([(0.9 + 0.85 + 0.8) / 7, 0.9 / 7], abs=1e-6)
     assert {entry.nearest for entry in ranking} == {"known"} and all(entry.agreement is None for entry in ranking)
-    by_name = {entry.case: entry for entry in ranking}
-    assert by_name["like_a"].similarity > by_name["new_0"].similarity
+    assert [ranking[0].similarity, ranking[4].similarity] == pytest.approx([0.1, 0.9])
     # The other family is covered once one of it is labelled.
-    again = rank_next(families(), ["known", ranking[0].case])
-    assert again[0].case == "strange" and again[0].gain < ranking[0].gain
+    again = order_next(*families(), ["known", "new_0"])
+    assert again[0].case == "strange" and {again[1].nearest, again[-1].nearest} == {"new_0", "known"}
 
 
 def test_disagreement_of_the_student_counts_as_much_as_coverage():
-    plain = rank_next(families(), ["known"])
-    agreement = {entry.case: 0.9 for entry in plain}
-    assert [entry.case for entry in rank_next(families(), ["known"], agreement)] == [entry.case for entry in plain]
-    third = plain[2].case
-    first = rank_next(families(), ["known"], {**agreement, third: 0.2})[0]
-    assert (first.case, first.agreement) == (third, 0.2)
+    plain = [entry.case for entry in order_next(*families(), ["known"])]
+    agreement = dict.fromkeys(plain, 0.5)
+    assert [entry.case for entry in order_next(*families(), ["known"], agreement)] == plain
+    # The first by gain is the one on which both agree most: the second, on which they agree least, takes its place.
+    ranking = order_next(*families(), ["known"], {**agreement, "new_0": 0.9, "new_1": 0.2})
+    assert (ranking[0].case, ranking[0].agreement) == ("new_1", 0.2)
 
 
 def test_the_next_case_to_label_is_suggested_by_the_names_of_labels_alone(tiny_dataset, tmp_path, capsys):

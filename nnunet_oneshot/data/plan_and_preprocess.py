@@ -119,6 +119,11 @@ def plan_and_preprocess(
             _preprocess(raw, folder, plans, choice, options, log)
         if len(raw.labelled) < len(raw.cases):
             log(f"Note: {FOR_OUR_TRAINERS}")
+        if raw.hidden_labels:
+            log(
+                f"Note: the labels of {listed(sorted(raw.hidden_labels))} show some structures only. nnU-Net's own "
+                f"trainers would learn the others as background there."
+            )
     return plans_file
 
 

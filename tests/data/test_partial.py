@@ -100,6 +100,7 @@ def test_partial_labels_are_planned_without_a_warning_of_what_is_missing(partly,
     assert plan(dataset, "--atlas", "case_00", "case_01") == 0
     output = capsys.readouterr().out
     assert "no voxel of" not in output and "Fingerprint" in output
+    assert "Note: the labels of case_00, case_01 show some structures only." in output
     assert json.loads((dataset.preprocessed / "dataset.json").read_text())["oneshot"]["partial"]["case_00"] == ["left"]
 
 

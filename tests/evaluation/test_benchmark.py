@@ -268,6 +268,16 @@ def test_ceilings_need_all_labels(prepared_dataset, tmp_path, capsys):
         assert f"Method {method} needs the labels of all cases" in capsys.readouterr().err
 
 
+def test_partial_labels_are_not_given_to_stock_nnunet(commands, tmp_path, capsys):
+    dataset, issued = commands
+    path = dataset.preprocessed / "dataset.json"
+    partial = {"oneshot": {"partial": {"case_00": ["left"]}}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **partial}))
+    assert benchmark(dataset, tmp_path / "out", "--methods", "nnunet-full", "--epochs", "5") == 1
+    assert "would learn what partly labelled cases do not show as background" in capsys.readouterr().err
+    assert not issued
+
+
 def test_nothing_to_score_is_an_error(prepared_dataset, tmp_path, capsys):
     dataset = prepared_dataset(labelled=("case_00",))
     assert benchmark(dataset, tmp_path / "out", "--methods", "affine") == 1

@@ -127,9 +127,9 @@ def _add_benchmark(subparsers: argparse._SubParsersAction) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="affine registration corrected syn nnunet-atlas propagation synthesis distill nnunet-full (default: those "
-        "of them that can run), another peer, or one of them with an ablation or other settings: distill:no-hint, "
-        "distill:unlabelled_fraction=0.2",
+        help="affine registration corrected syn nnunet-atlas supervised-atlas propagation synthesis distill supervised "
+        "nnunet-full (default: those of them that can run), another peer, or one of them with an ablation or other "
+        "settings: distill:no-hint, distill:unlabelled_fraction=0.2",
     )
     parser.add_argument("--epochs", type=int, metavar="N", help="length of every training, 250 iterations an epoch")
     parser.add_argument(
@@ -395,6 +395,7 @@ def _propagate(options: argparse.Namespace) -> None:
         out=options.o,
         method=options.method,
         guide=options.guide,
+        student=options.student,
         device=options.device,
     )
 
@@ -421,6 +422,12 @@ def _add_propagate(subparsers: argparse._SubParsersAction) -> None:
         "training does), affine (its first stage), or a peer such as syn (default: registration)",
     )
     _add_guide(parser)
+    parser.add_argument(
+        "--student",
+        metavar="MODEL_FOLDER",
+        help="with --method corrected: trained model with a finished training of the same fold, whose probabilities "
+        "are fused with the corrected labels (default: none)",
+    )
     _add_device(parser, "the registration runs")
     parser.set_defaults(run=_propagate)
 
@@ -523,9 +530,27 @@ def _add_statistics(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_statistics)
 
 
+def _suggest_next(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.registration.dataset.agreement import StudentRun
+    from nnunet_oneshot.registration.dataset.suggestion import suggest_next
+
+    if options.d is None:
+        raise OneShotError("--next needs a dataset, whose labelsTr says what is labelled: give -d instead of -i.")
+    student = None
+    if options.student is not None:
+        _load_registries()
+        student = StudentRun(options.student, options.d, options.p, options.c, options.f, options.device)
+    suggest_next(dataset=options.d, student=student, out=options.o, num_processes=options.np)
+
+
 def _suggest_atlas(options: argparse.Namespace) -> None:
     from nnunet_oneshot.registration.dataset.suggestion import suggest_atlas
 
+    if options.next:
+        _suggest_next(options)
+        return
+    if options.student is not None:
+        raise OneShotError("--student goes with --next alone: a scan to be labelled first has no student yet.")
     suggest_atlas(
         dataset=options.d,
         images=options.i,
@@ -541,7 +566,9 @@ def _add_suggest_atlas(subparsers: argparse._SubParsersAction) -> None:
         help="rank scans by how well they represent the others: which one to label",
         description="Aligns small copies of all images and ranks the cases by their mean correlation to the others. "
         "Opens no label. Prints the ranking and writes atlas_ranking.csv, atlas_ranking.json and atlas_ranking.png, "
-        "a picture of the most and the least typical cases.",
+        "a picture of the most and the least typical cases. With --next it ranks the unlabelled cases by what their "
+        "label would add to those in labelsTr, whose names alone are read, and writes next_ranking.csv, .json "
+        "and .png.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("-d", metavar="DATASET", help="dataset number or name in nnUNet_raw")
@@ -550,7 +577,19 @@ def _add_suggest_atlas(subparsers: argparse._SubParsersAction) -> None:
         "--file_ending", default=".nii.gz", metavar="SUFFIX", help="of the images with -i (default: %(default)s)"
     )
     parser.add_argument("-o", default=".", metavar="FOLDER", help="where the ranking is written (default: here)")
-    parser.add_argument("-np", type=int, metavar="N", help="processes (default: nnUNet_def_n_proc, else up to 8)")
+    add = parser.add_argument
+    add("-np", type=int, metavar="N", help="processes (default: nnUNet_def_n_proc, else up to 8)")
+    add("--next", action="store_true", help="rank what to label next, given what is labelled in the dataset")
+    add(
+        "--student",
+        metavar="MODEL_FOLDER",
+        help="with --next: trained model (TRAINER__PLANS__CONFIGURATION in nnUNet_results), whose disagreement with "
+        "registration then counts too (default: images alone)",
+    )
+    add("-c", default="3d_fullres", metavar="CONFIGURATION", help="of the student (default: %(default)s)")
+    add("-p", default="nnUNetOneShotPlans", metavar="PLANS", help="of the student (default: %(default)s)")
+    add("-f", type=_fold, default="0", metavar="FOLD", help="of the student (default: 0)")
+    _add_device(parser, "the student runs")
     parser.set_defaults(run=_suggest_atlas)
 
 

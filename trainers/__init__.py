@@ -5,6 +5,7 @@ from nnunet_oneshot.trainers.atlas import OneShotAtlasTrainer
 from nnunet_oneshot.trainers.distill import OneShotDistillTrainer
 from nnunet_oneshot.trainers.epochs import *  # noqa: F403
 from nnunet_oneshot.trainers.propagation import OneShotPropagationTrainer
+from nnunet_oneshot.trainers.supervised import OneShotSupervisedAtlasTrainer, OneShotSupervisedTrainer
 from nnunet_oneshot.trainers.synthesis import OneShotSynthesisTrainer
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "OneShotPropagationTrainer",
     "OneShotSynthesisTrainer",
     "OneShotDistillTrainer",
+    "OneShotSupervisedAtlasTrainer",
+    "OneShotSupervisedTrainer",
     *epochs.__all__,
 ]

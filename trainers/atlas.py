@@ -20,10 +20,15 @@ class OneShotAtlasTrainer(OneShotTrainer):
             return nnUNetTrainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size(self)
         return super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
 
+    @property
+    def labelled_cases(self) -> list[str]:
+        """The cases that are trained on with their own labels."""
+        return list(self.roles.atlases)
+
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
-        self.print_to_log_file("This baseline watches its progress, and the pseudo Dice, on the atlas itself.")
+        self.print_to_log_file("Progress, and the pseudo Dice, is measured on the cases that are trained on.")
         patch_size = self.configuration_manager.patch_size
-        for case in self.roles.atlases:
+        for case in self.labelled_cases:
             # nnU-Net's loader, which reads them later, does not tell which file is damaged.
             self.prepared.image(case), self.prepared.segmentation(case), self.prepared.properties(case)
 
@@ -31,7 +36,7 @@ class OneShotAtlasTrainer(OneShotTrainer):
             return nnUNetDataLoader(
                 self.dataset_class(
                     self.preprocessed_dataset_folder,
-                    list(self.roles.atlases),
+                    self.labelled_cases,
                     folder_with_segs_from_previous_stage=self.folder_with_segs_from_previous_stage,
                 ),
                 self.batch_size,

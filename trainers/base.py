@@ -34,6 +34,7 @@ from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import INTERRUPTED, OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
 from nnunet_oneshot.locks import end_workers_with_this_process, ending_workers_at_once, free, take_or_refuse
+from nnunet_oneshot.marginal import merged_outputs
 from nnunet_oneshot.names import check_name
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
 from nnunet_oneshot.progress import Progress
@@ -174,12 +175,30 @@ class OneShotTrainer(CascadeTrainer):
 
     def train_step(self, batch: dict) -> dict:
         self._progress.update()
-        with processor_autocast(self.device, self.config.precision):
+        with processor_autocast(self.device, self.config.precision), self._merging_hidden(batch):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
-        with processor_autocast(self.device, self.config.precision):
+        with processor_autocast(self.device, self.config.precision), self._merging_hidden(batch):
             return super().validation_step(batch)
+
+    def hidden_labels(self, batch: dict) -> list[tuple[int, ...]]:
+        """For each sample of a batch the labels that its label map does not show."""
+        cases = batch.get("atlases") or batch.get("keys", ())
+        return [self.prepared.hidden_labels.get(str(case), ()) for case in cases]
+
+    @contextmanager
+    def _merging_hidden(self, batch: dict) -> Iterator[None]:
+        """While it lasts, the network's outputs for partly labelled samples are those of `merged_outputs`."""
+        hidden = self.hidden_labels(batch)
+        if not any(hidden):
+            yield
+            return
+        hook = self.network.register_forward_hook(lambda _, __, outputs: merged_outputs(outputs, hidden))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @cached_property
     def prepared(self) -> PreparedDataset:
@@ -291,7 +310,8 @@ class OneShotTrainer(CascadeTrainer):
     def _validate(self, save_probabilities: bool) -> None:
         fold = self._fold()
         if not fold.scored:
-            reason = "none of its validation cases has a label" if fold.validation else "it has no validation case"
+            kind = "complete label" if fold.partial else "label"
+            reason = f"none of its validation cases has a {kind}" if fold.validation else "it has no validation case"
             self.print_to_log_file(
                 f"Final validation: there is nothing to score for fold {self.fold}, since {reason}. The model is "
                 f"complete: predict images with nnUNetv2_predict and look at the results."
@@ -304,7 +324,8 @@ class OneShotTrainer(CascadeTrainer):
             return
         if len(fold.scored) < len(fold.validation):
             self.print_to_log_file(
-                f"Final validation: {len(fold.scored)} of {len(fold.validation)} cases have a label and are scored."
+                f"Final validation: {len(fold.scored)} of {len(fold.validation)} cases have a "
+                f"{'complete label' if fold.partial else 'label'} and are scored."
             )
         self._scored_cases = fold.scored
         try:

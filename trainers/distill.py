@@ -19,6 +19,7 @@ from nnunet_oneshot.distillation.features import decoder_features
 from nnunet_oneshot.distillation.progress import VALUES, ProgressLogger
 from nnunet_oneshot.distillation.teacher import Distiller, build_teacher
 from nnunet_oneshot.distillation.teacher_file import load_teacher, remove_teachers, saving_teacher
+from nnunet_oneshot.marginal import merged_outputs
 from nnunet_oneshot.precision import autocast
 from nnunet_oneshot.progress import tracked
 from nnunet_oneshot.registration.dataset.cache import FOLDER, GuidedRegistrations, RegistrationCache, kept_of
@@ -193,7 +194,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 self._scaled(reconstruction).backward()
         with self._autocast():
             output, features = self._features(self._student(), data)
-            total = segmentation = self.loss(output, target)
+            total = segmentation = self.loss(merged_outputs(output, self.hidden_labels(batch)), target)
             if teaches:
                 hint = self.distiller.hint(features, teacher_features, hint_weight=self._hint_weight())
                 total = segmentation + hint
@@ -297,7 +298,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                     for name, found in counts.items():
                         # nnU-Net's step clears ignored voxels of the target that it is given.
                         target = copy.deepcopy(batch["target"])
-                        found.append(self.validation_step({"data": batch[name], "target": target}))
+                        found.append(self.validation_step({**batch, "data": batch[name], "target": target}))
         finally:
             self.network = network
         synthetic, real = (pooled_dice(self.ranks.gathered(counts[name])) for name in ("data", "real"))

@@ -7,9 +7,17 @@ from nnunet_oneshot.trainers.atlas import OneShotAtlasTrainer
 from nnunet_oneshot.trainers.base import OneShotTrainer
 from nnunet_oneshot.trainers.distill import OneShotDistillTrainer
 from nnunet_oneshot.trainers.propagation import OneShotPropagationTrainer
+from nnunet_oneshot.trainers.supervised import OneShotSupervisedAtlasTrainer, OneShotSupervisedTrainer
 from nnunet_oneshot.trainers.synthesis import OneShotSynthesisTrainer
 
-FULL_LENGTH = (OneShotAtlasTrainer, OneShotPropagationTrainer, OneShotSynthesisTrainer, OneShotDistillTrainer)
+FULL_LENGTH = (
+    OneShotAtlasTrainer,
+    OneShotPropagationTrainer,
+    OneShotSynthesisTrainer,
+    OneShotDistillTrainer,
+    OneShotSupervisedAtlasTrainer,
+    OneShotSupervisedTrainer,
+)
 
 
 def _shorter(trainer: type[OneShotTrainer], epochs: int) -> type[OneShotTrainer]:

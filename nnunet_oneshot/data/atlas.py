@@ -55,8 +55,9 @@ def resolve_atlases(
 ) -> AtlasChoice:
     """The atlases of a fold: those the plans name, else those of ``oneshot_atlas.json``, else chosen without labels.
 
-    In a partly labelled data set every labelled training case is an atlas. Where all training cases are labelled one is
-    chosen: the medoid of the training images (see `nnunet_oneshot.data.thumbnails`). The choice is written to the file.
+    In a partly labelled data set every labelled training case is an atlas, also where all are labelled but some only in
+    part. Where all training cases are labelled one is chosen: the medoid of the training images (see
+    `nnunet_oneshot.data.thumbnails`). The choice is written to the file.
 
     Args:
         dataset_folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
@@ -77,10 +78,12 @@ def resolve_atlases(
         path = kept / ATLAS_FILE
     if not path.is_file():
         # Once for all folds, by those of the first, so that it does not matter which is trained first.
-        first = resolve_fold(dataset_folder, [*fold.train, *fold.validation], fold.labelled, 0, kept=kept)
+        first = resolve_fold(
+            dataset_folder, [*fold.train, *fold.validation], fold.labelled, 0, kept=kept, partial=fold.partial
+        )
         choice = _choose(first, image_loader)
         # Where every labelled case serves, the file names them all: each fold then leaves out its own validation cases.
-        partly = set(fold.labelled) < {*fold.train, *fold.validation}
+        partly = bool(fold.partial) or set(fold.labelled) < {*fold.train, *fold.validation}
         names = sorted(fold.labelled) if partly else choice.atlases
         save_choice(kept, names, by_user=False, how=choice.how)
         if set(choice.atlases) <= set(fold.train) and not partly:
@@ -100,6 +103,31 @@ def resolve_atlases(
     if not is_shared:
         save_json_atomic(stored, path)
     return AtlasChoice(choice.atlases, how)
+
+
+def forget_outdated_choice(dataset_folder: str | Path, cases: Sequence[str], labelled: Sequence[str]) -> list[str]:
+    """Removes the program's choice where a partly labelled data set got labels since, so that they become atlases too.
+
+    Args:
+        dataset_folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
+        cases: All cases of the data set.
+        labelled: Those that are labelled.
+
+    Returns:
+        The new labelled cases; none where the choice is kept, as one of the user's is.
+
+    Raises:
+        OneShotError: The file of the choice is damaged.
+    """
+    path = Path(dataset_folder) / ATLAS_FILE
+    if not path.is_file() or set(labelled) == set(cases):
+        return []
+    stored = _read(path)
+    new = sorted(set(labelled) - set(stored["atlases"]))
+    if not new or any(map(_is_users, [stored, *stored.get("folds", {}).values()])):
+        return []
+    path.unlink()
+    return new
 
 
 def save_choice(dataset_folder: str | Path, atlases: Sequence[str], *, by_user: bool, how: str) -> None:
@@ -145,7 +173,7 @@ def _choose(fold: Fold, image_loader: Callable[[str], np.ndarray]) -> AtlasChoic
     candidates = sorted(set(fold.train) & set(fold.labelled))
     if not candidates:
         raise OneShotError(f"The training part has no labelled case. Labelled: {listed(sorted(fold.labelled))}.")
-    if {*fold.train, *fold.validation} - set(fold.labelled):
+    if fold.partial or {*fold.train, *fold.validation} - set(fold.labelled):
         return AtlasChoice(candidates, "every labelled training case")
     best, correlation = find_medoid(candidates, {case: pool_volume(image_loader(case)) for case in fold.train})
     return AtlasChoice(

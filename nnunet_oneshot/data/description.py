@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from nnunet_oneshot.data.partial import check_partial
 from nnunet_oneshot.errors import OneShotError, shown
 
 _ENDING = re.compile(r"(\.[A-Za-z0-9]+)+")
@@ -39,6 +40,7 @@ def check_description(content: Any, path: str | os.PathLike) -> dict[str, Any]:
     for key, fits, expected in _ENTRIES:
         if key in content and not fits(content[key]):
             raise _wrong(path, key, content[key], expected)
+    check_partial(content, path)
     return content
 
 

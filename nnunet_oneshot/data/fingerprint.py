@@ -138,6 +138,8 @@ def make_fingerprint(
         "median_relative_size_after_cropping": float(np.median([survey.relative_size for survey in ordered])),
         "oneshot": {"atlases": list(atlases), "cases": raw.cases},
     }
+    if raw.hidden_labels:
+        fingerprint["oneshot"]["hidden"] = _hidden(raw)
     if rows:
         longest = max(rows, key=lambda row: max(row.extent))
         fingerprint["oneshot"]["row"] = {"labels": list(longest.labels), "extent": list(longest.extent)}
@@ -251,7 +253,13 @@ def fingerprint_unchanged(raw: RawDataset, folder: Path, atlases: Sequence[str])
         images_unchanged(raw, folder)
         and _is_current(raw, folder, labels)
         and load_fingerprint(folder)["oneshot"]["atlases"] == list(atlases)
+        and load_fingerprint(folder)["oneshot"].get("hidden", {}) == _hidden(raw)
     )
+
+
+def _hidden(raw: RawDataset) -> dict[str, list[int]]:
+    """What partly labelled cases do not show: a change of it has their labels checked again."""
+    return {case: list(labels) for case, labels in raw.hidden_labels.items()}
 
 
 def _is_current(raw: RawDataset, folder: Path, files: Sequence[str]) -> bool:

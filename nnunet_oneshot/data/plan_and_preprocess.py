@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from nnunet_oneshot.config import BLOCK, OneShotConfig
-from nnunet_oneshot.data.atlas import AtlasChoice, resolve_atlases, save_choice
+from nnunet_oneshot.data.atlas import AtlasChoice, forget_outdated_choice, resolve_atlases, save_choice
 from nnunet_oneshot.data.fingerprint import (
     CaseSurvey,
     fingerprint_unchanged,
@@ -31,7 +31,7 @@ from nnunet_oneshot.data.preprocessing import preprocess_configuration
 from nnunet_oneshot.data.raw import RawDataset, find_dataset
 from nnunet_oneshot.data.splits import SPLITS_FILE, check_splits, read_splits, resolve_fold
 from nnunet_oneshot.data.verify import check_files
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, listed
 from nnunet_oneshot.io import atomic_path, load_json_checked, require_env, writing
 from nnunet_oneshot.locks import waiting_for
 
@@ -119,6 +119,11 @@ def plan_and_preprocess(
             _preprocess(raw, folder, plans, choice, options, log)
         if len(raw.labelled) < len(raw.cases):
             log(f"Note: {FOR_OUR_TRAINERS}")
+        if raw.hidden_labels:
+            log(
+                f"Note: the labels of {listed(sorted(raw.hidden_labels))} show some structures only. nnU-Net's own "
+                f"trainers would learn the others as background there."
+            )
     return plans_file
 
 
@@ -187,11 +192,13 @@ def _choose_atlases(
 ) -> AtlasChoice:
     """Atlases whose labels the fingerprint may use: the user's, or those of fold 0's training part."""
     _copy_splits(raw, folder)
-    fold = resolve_fold(folder, raw.cases, raw.labelled, 0)
+    fold = resolve_fold(folder, raw.cases, raw.labelled, 0, partial=sorted(raw.hidden_labels))
     if options.atlases is not None:
         choice = AtlasChoice(list(dict.fromkeys(options.atlases)), "named by --atlas")
         _report_folds(raw, folder, choice.atlases, log)
     else:
+        if new := forget_outdated_choice(folder, raw.cases, raw.labelled):
+            log(f"Note: {listed(new)} got labels since the atlas was chosen, which is done again.")
         # Which fold will be trained is not known yet: refusing an atlas that a fold holds out is left to its trainer.
         if config.atlases is not None:
             fold = replace(fold, train=raw.cases, validation=[])

@@ -16,6 +16,7 @@ import numpy as np
 from nnunet_oneshot.data.description import check_description, checked_labels
 from nnunet_oneshot.data.orientation import aligned_by_headers, axes_of, in_common_order, name_of
 from nnunet_oneshot.data.outline import restore_outline
+from nnunet_oneshot.data.partial import check_partial, hidden_labels
 from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.preprocessed import (
     check_preprocessed,
@@ -181,9 +182,17 @@ class PreparedDataset:
         """The cases that have a file in ``gt_segmentations``, sorted. No label is opened."""
         return [case for case in self.identifiers if (self.labels_folder / f"{case}{self.file_ending}").is_file()]
 
+    @cached_property
+    def hidden_labels(self) -> dict[str, tuple[int, ...]]:
+        """Partly labelled cases with the labels that they do not show; see `nnunet_oneshot.data.partial`."""
+        check_partial(self.dataset_json, self.base / "dataset.json")
+        return hidden_labels(self.dataset_json)
+
     def fold(self, number: int | str) -> Fold:
         """Cases of a fold; see `nnunet_oneshot.data.splits.resolve_fold`."""
-        return resolve_fold(self.base, self.identifiers, self.labelled, number, kept=self.kept)
+        return resolve_fold(
+            self.base, self.identifiers, self.labelled, number, kept=self.kept, partial=sorted(self.hidden_labels)
+        )
 
     def image(self, case: str) -> np.ndarray:
         """Preprocessed image (C, X, Y, Z) float32, as a network of nnU-Net sees it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from nnunet_oneshot.data.description import check_description, checked_labels
 from nnunet_oneshot.data.headers import file_order, is_nifti
+from nnunet_oneshot.data.partial import hidden_labels
 from nnunet_oneshot.errors import NotReadyError, OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env
 from nnunet_oneshot.names import check_name
@@ -72,6 +73,11 @@ class RawDataset:
     def expected_label(self, case: str) -> str | None:
         """Path at which the case's label would lie, or None where ``dataset.json`` lists none."""
         return self._files[case][1]
+
+    @property
+    def hidden_labels(self) -> dict[str, tuple[int, ...]]:
+        """Partly labelled cases with the labels that they do not show; see `nnunet_oneshot.data.partial`."""
+        return hidden_labels(self.dataset_json)
 
     @cached_property
     def label_manager(self) -> Any:

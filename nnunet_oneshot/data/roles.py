@@ -9,9 +9,10 @@ import numpy as np
 
 from nnunet_oneshot.config import BLOCK, OneShotConfig, differences, settings_in_force
 from nnunet_oneshot.data.atlas import AtlasChoice, resolve_atlases
+from nnunet_oneshot.data.partial import require_every_label
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.splits import Fold
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, listed
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class CaseRoles:
         ]
 
     def require_unlabelled(self) -> None:
-        """Makes sure that there is a case to register the atlas to.
+        """Makes sure that there is a case to register the atlas to, or several atlases, which are shown as they are.
 
         Raises:
-            OneShotError: There is none.
+            OneShotError: There is neither.
         """
-        if not self.unlabelled:
+        if not self.unlabelled and len(self.atlases) < 2:
             raise OneShotError(
                 f"The training part of this fold holds no case beside the atlas ({', '.join(self.atlases)}), expected "
-                f"at least one unlabelled image to register it to. Add unlabelled images to imagesTr, name fewer "
-                f"atlases, change splits_final.json, or train on the atlas alone with OneShotAtlasTrainer."
+                f"at least one unlabelled image to register it to. Add unlabelled images to imagesTr, "
+                f"change splits_final.json, or train on the atlas alone with OneShotAtlasTrainer."
             )
 
 
@@ -65,13 +66,14 @@ def assign_roles(choice: AtlasChoice, fold: Fold, config: OneShotConfig) -> Case
         fold: Its cases, atlases included.
         config: ``unlabelled_fraction``, the share (0 to 1) of the unlabelled training cases that is used, at least one
             case, drawn by ``seed``; and ``progress_cases``, the number of progress cases, at least one. They are the
-            first validation cases or, where there is none, the first unlabelled training cases.
+            first validation cases or, where there is none, the first unlabelled training cases or, where there is none
+            either, the first atlases, to which the others are registered.
     """
     candidates = sorted(set(fold.train) - set(choice.atlases))
     number = max(1, round(config.unlabelled_fraction * len(candidates)))
     unlabelled = sorted(np.random.RandomState(config.seed).permutation(candidates)[:number].tolist())
     held_out = sorted(set(fold.validation) - set(choice.atlases))
-    progress = (held_out or unlabelled)[: max(1, config.progress_cases)]
+    progress = (held_out or unlabelled or sorted(choice.atlases))[: max(1, config.progress_cases)]
     return CaseRoles(
         atlases=tuple(choice.atlases),
         how=choice.how,
@@ -93,13 +95,17 @@ def resolve_roles(
         log: Takes one sentence at a time.
 
     Raises:
-        OneShotError: See `nnunet_oneshot.data.atlas.resolve_atlases`.
+        OneShotError: See `nnunet_oneshot.data.atlas.resolve_atlases` and
+            `nnunet_oneshot.data.partial.require_every_label`.
     """
     roles = assign_roles(
         resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order, kept=prepared.kept), fold, config
     )
+    require_every_label(prepared.dataset_json, roles.atlases, fold.number)
     for sentence in roles.sentences():
         log(sentence)
+    if hidden := sorted(set(roles.atlases) & set(prepared.hidden_labels)):
+        log(f"Partly labelled atlases, whose background may be any structure that they do not show: {listed(hidden)}.")
     if BLOCK not in prepared.plans and len(fold.labelled) > len(roles.atlases):
         log(
             f'These plans have no "{BLOCK}" block: stock nnU-Net made them, and their intensity statistics come from '

@@ -32,17 +32,19 @@ class Fold:
         train: Training cases.
         validation: Validation cases.
         labelled: All labelled cases of the dataset, sorted.
+        partial: Those of them whose label shows some structures only.
     """
 
     number: int | str
     train: list[str]
     validation: list[str]
     labelled: list[str]
+    partial: Sequence[str] = ()
 
     @property
     def scored(self) -> list[str]:
-        """The validation cases that have a label to be scored against."""
-        return [case for case in self.validation if case in self.labelled]
+        """The validation cases that have a label to be scored against, which shows every structure."""
+        return [case for case in self.validation if case in self.labelled and case not in self.partial]
 
 
 def fold_number(text: int | str) -> int | str:
@@ -63,6 +65,7 @@ def resolve_fold(
     number: int | str,
     *,
     kept: Path | None = None,
+    partial: Sequence[str] = (),
 ) -> Fold:
     """Training and validation cases of a fold; writes ``splits_final.json`` where it is missing.
 
@@ -73,6 +76,7 @@ def resolve_fold(
         number: A fold's number or ``"all"`` (everything is training, nothing validation). A number beyond the file gets
             nnU-Net's seeded 80:20 split, in which a labelled and a further case stay in the training part.
         kept: Where the file is looked for and written if the dataset's folder has none; None is that folder.
+        partial: Those whose label shows some structures only.
 
     Raises:
         OneShotError: There is no label or only one case, or ``splits_final.json`` does not fit the data set.
@@ -87,7 +91,7 @@ def resolve_fold(
             f"{len(cases)} cases. Label at least one and run `nnunet_oneshot plan_and_preprocess` again."
         )
     if number == "all":
-        return Fold(number, cases, [], labelled)
+        return Fold(number, cases, [], labelled, partial)
     path = folder / SPLITS_FILE
     if kept is not None and not path.is_file():
         path = kept / SPLITS_FILE
@@ -99,7 +103,7 @@ def resolve_fold(
         _check_fold(path, int(number), train, val, cases, labelled)
     else:
         train, val = _random_fold(cases, labelled, int(number))
-    return Fold(number, list(train), list(val), labelled)
+    return Fold(number, list(train), list(val), labelled, partial)
 
 
 def create_splits(cases: Sequence[str], labelled: Sequence[str]) -> list[dict[str, list[str]]]:

@@ -73,6 +73,11 @@ def check_files(raw: RawDataset) -> list[str]:
                 f"Case {case} has {count} image files, but dataset.json names {len(raw.channel_names)} channel(s) "
                 f"{raw.channel_names}: remove the surplus files or declare the channels."
             )
+    if unlabelled := sorted(set(raw.hidden_labels) - set(raw.labelled)):
+        raise OneShotError(
+            f"{raw.folder / 'dataset.json'} declares partial labels of {listed(unlabelled)}, which have no label: "
+            f'add their labels, or remove them from "partial".'
+        )
     raw.label_manager  # noqa: B018  (raises when the declared labels are not valid)
     return [*_count_note(raw), *_label_notes(raw)]
 
@@ -264,12 +269,18 @@ def read_label(raw: RawDataset, case: str, image: CaseImage) -> tuple[np.ndarray
             f"{float(label[whole != label][0]):.6g}, most often because its header scales them: save it as whole "
             f"numbers, without scaling."
         )
+    hidden = set(raw.hidden_labels.get(case, ()))
+    if surplus := sorted(hidden & {int(value) for value in np.unique(label)}):
+        raise OneShotError(
+            f'Case {case}: the label {path} holds the values {surplus}, which "oneshot" in dataset.json declares as '
+            f'not shown: list all structures that it shows under "partial", or correct the label.'
+        )
     present = {float(value) for value in np.unique(label)}
     if not present - {0, manager.ignore_label}:
         raise OneShotError(f"Case {case}: the label {path} is empty (background only). Label it or name another atlas.")
     for name, values in raw.dataset_json["labels"].items():
         members = set(values) if isinstance(values, (list, tuple)) else {values}
-        if name not in ("background", "ignore") and not members & present:
+        if name not in ("background", "ignore") and not members & (present | hidden):
             warnings.append(
                 f"The label of case {case} has no voxel of {name!r} ({sorted(members)}): what the atlas does not show "
                 f"cannot be learned from it."

@@ -176,10 +176,15 @@ def _methods(names: Sequence[str] | None, prepared: PreparedDataset, log: Callab
         try:
             if method.propagation is not None and method.propagation in REGISTRATION_METHODS:
                 REGISTRATION_METHODS[method.propagation].require()
-            if method.base == CEILING and set(prepared.labelled) != set(prepared.identifiers):
+            if not method.uses_atlas and set(prepared.labelled) != set(prepared.identifiers):
                 raise OneShotError(
-                    f"Method {CEILING} needs the labels of all cases, and {prepared.name} has "
+                    f"Method {method.base} needs the labels of all cases, and {prepared.name} has "
                     f"{len(prepared.labelled)} of {len(prepared.identifiers)}: leave it out of --methods."
+                )
+            if method.base == CEILING and prepared.hidden_labels:
+                raise OneShotError(
+                    f"Method {CEILING} would learn what partly labelled cases do not show as background, and "
+                    f"{prepared.name} has {len(prepared.hidden_labels)} such: leave it out of --methods."
                 )
         except OneShotError as error:
             if names:

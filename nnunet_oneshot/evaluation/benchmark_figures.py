@@ -15,8 +15,8 @@ from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.data.roles import assign_roles
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.figures import Example, bar_figure, box_plot_per_label, example_figure, line_figure
-from nnunet_oneshot.evaluation.methods import CEILING, parse_method
-from nnunet_oneshot.evaluation.statistics import Interval, is_number
+from nnunet_oneshot.evaluation.methods import parse_method
+from nnunet_oneshot.evaluation.statistics import ClosedGaps, is_number
 from nnunet_oneshot.io import require_env
 
 _SHOWN = ("registration", "nnunet-atlas", "synthesis", "distill", "nnunet-full")
@@ -27,7 +27,7 @@ def write_benchmark_figures(
     prepared: PreparedDataset,
     rows: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
-    gaps: Mapping[str, Interval],
+    gaps: ClosedGaps,
 ) -> None:
     """Draws what the finished runs allow into ``out/figures``.
 
@@ -36,7 +36,7 @@ def write_benchmark_figures(
         prepared: The dataset.
         rows: Rows of ``results.json``.
         records: Records of the runs.
-        gaps: Method to the share of the gap it closes.
+        gaps: The share of the gap that each method closes.
     """
     folder = out / "figures"
     labels = list(dict.fromkeys(row["label"] for row in rows))
@@ -46,12 +46,12 @@ def write_benchmark_figures(
             if is_number(row[metric]):
                 scores[row["label"]].setdefault(row["method"], []).append(row[metric])
         box_plot_per_label(folder / f"{metric}_per_label.png", scores, quantity=name)
-    if gaps:
+    if gaps.shares:
         bar_figure(
             folder / "gap_closed.png",
-            {method: gap.value for method, gap in gaps.items()},
-            intervals={method: (gap.low, gap.high) for method, gap in gaps.items()},
-            quantity="share of the gap from nnunet-atlas to nnunet-full that is closed",
+            {method: gap.value for method, gap in gaps.shares.items()},
+            intervals={method: (gap.low, gap.high) for method, gap in gaps.shares.items()},
+            quantity=f"share of the gap from {gaps.floor} to {gaps.ceiling} that is closed",
         )
     series = _dice_by_unlabelled_cases(prepared, records)
     if series:
@@ -73,7 +73,7 @@ def _dice_by_unlabelled_cases(
         method = parse_method(record["method"])
         others = {k: v for k, v in method.overrides.items() if k != "unlabelled_fraction"}
         scored = [s["dice"] for s in record["scores"] if is_number(s["dice"])]
-        if method.trainer is None or method.base == CEILING or others or not scored:
+        if method.trainer is None or not method.uses_atlas or others or not scored:
             continue
         block = merge_settings(prepared.plans.get("oneshot", {}), record["overrides"])
         config = OneShotConfig.from_plans({**prepared.plans, "oneshot": block})

@@ -19,6 +19,7 @@ from nnunet_oneshot.config import OneShotConfig, with_guide
 from nnunet_oneshot.data.atlas import resolve_atlases
 from nnunet_oneshot.data.headers import carry_geometry
 from nnunet_oneshot.data.orientation import aligned_by_headers, edges_in_common_order, in_common_order
+from nnunet_oneshot.data.partial import averaged_probabilities
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.raw import RawDataset, find_images
 from nnunet_oneshot.data.splits import Fold
@@ -34,8 +35,9 @@ from nnunet_oneshot.registration.pair.quality import outlier_scores, telling_sim
 from nnunet_oneshot.registration.pair.registrar import register_arrays
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.registration.pair.warp import sample_label_probabilities, warp_label_probabilities
-from nnunet_oneshot.self_training.guide import SegmentingGuide, guided_by
-from nnunet_oneshot.self_training.posterior import posterior_labels
+from nnunet_oneshot.self_training.fusion import fused_probabilities
+from nnunet_oneshot.self_training.guide import SegmentingGuide, Student, guided_by
+from nnunet_oneshot.self_training.posterior import posterior_labels, posterior_probabilities
 
 # Our registration, the same with labels corrected by each image's intensities, and its affine stage alone.
 OWN_METHODS = ("registration", "corrected", "affine")
@@ -59,6 +61,7 @@ def propagate(
     images: str | Path | None = None,
     method: str = "registration",
     guide: str | Path | None = None,
+    student: str | Path | None = None,
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -78,6 +81,8 @@ def propagate(
             corrected by the image's intensities as in training), ``"affine"`` (the first stage) or a peer such as
             ``"syn"`` (ANTs).
         guide: Folder of a trained model whose segmentations guide the registration; None is what the plans say.
+        student: Folder of a trained model whose probabilities are fused with the corrected labels; see
+            `nnunet_oneshot.self_training.fusion`. None fuses nothing.
         device: Where the registration runs.
         log: Receives each line that is shown.
 
@@ -96,6 +101,7 @@ def propagate(
     config = with_guide(OneShotConfig.from_plans(prepared.plans), guide)
     place = usable_device(device)
     own = prepared.fold(fold)
+    fused = None if student is None else _student_to_fuse(student, prepared, own, method, place)
     files = None if images is None else _checked_images(prepared, Path(images), log)
     if images is None:
         _check_references(prepared, own.scored)
@@ -110,6 +116,7 @@ def propagate(
         propagator, cases = _to_validation_cases(registrar, method, own)
     else:
         propagator, cases = _to_images(registrar, method, own, files)
+    propagator.fused = fused
     names = []
     for case, image, properties in cases:
         propagator.write(case, image, properties, out)
@@ -122,6 +129,8 @@ def propagate(
         "atlases": list(choice.atlases),
         "fold": fold,
         "guide": config.registration.guide if method in GUIDED_METHODS else None,
+        "student": None if student is None else str(student),
+        "trust": propagator.trust,
         "cases": names,
         "quality": propagator.quality,
         "seconds": round(time.monotonic() - start, 2),
@@ -130,6 +139,18 @@ def propagate(
     if images is None:
         _score(prepared, own, out, log)
     return report
+
+
+def _student_to_fuse(
+    folder: str | Path, prepared: PreparedDataset, fold: Fold, method: str, device: torch.device
+) -> Student:
+    if method != "corrected":
+        raise OneShotError(f"Method {method!r} takes no student to fuse with: give --student with --method corrected.")
+    if prepared.label_manager.has_regions:
+        raise OneShotError(
+            f"{prepared.name} has regions, which --student does not fuse yet: propagate or predict without it."
+        )
+    return Student(folder, prepared, fold=fold.number, device=device, what="student")
 
 
 # Case, preprocessed image (C, X, Y, Z) and what nnU-Net's export needs to return to the original grid.
@@ -185,6 +206,8 @@ class Propagator:
 
     Attributes:
         quality: Case to atlas to the figures of the registration, of all that was written by a method of our own.
+        fused: A student whose probabilities are fused with corrected labels, or None.
+        trust: Case to label to the agreement by which they were fused.
     """
 
     def __init__(
@@ -205,6 +228,8 @@ class Propagator:
         self.method, self.registrations, self.student = method, registrations, student
         self.files: Mapping[str, Sequence[str]] = files or {}
         self.quality: dict[str, dict[str, dict[str, Any]]] = {}
+        self.fused: Student | None = None
+        self.trust: dict[str, dict[str, float]] = {}
         self.labels = [int(label) for label in self.prepared.label_manager.all_labels]
         self.atlases = {
             atlas: (
@@ -219,8 +244,11 @@ class Propagator:
         """Writes the segmentation of one preprocessed image (C, X, Y, Z) in its original grid."""
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
-        probabilities = np.mean([self._probabilities(atlas, case, image, properties) for atlas in self.atlases], axis=0)
-        if self.method == "corrected":
+        found = {atlas: self._probabilities(atlas, case, image, properties) for atlas in self.atlases}
+        probabilities = averaged_probabilities(found, self.labels, self.prepared.hidden_labels)
+        if self.fused is not None:
+            probabilities = self._fused(self.fused, case, probabilities, image)
+        elif self.method == "corrected":
             probabilities = self._corrected(probabilities, image)
         logits = probabilities_to_logits(probabilities, self.labels, self.prepared.label_manager)
         source = next(iter(self.files.get(case, ())), None)
@@ -290,6 +318,22 @@ class Propagator:
             strength=settings.posterior_strength,
         )
         return (corrected[0, 0].numpy() == np.arange(len(self.labels))[:, None, None, None]).astype(np.float32)
+
+    def _fused(self, student: Student, case: str, probabilities: np.ndarray, image: np.ndarray) -> np.ndarray:
+        """Probabilities (labels, X, Y, Z) of the corrected labels and of a student; keeps how far both agree."""
+        settings = self.config.distillation
+        carried = posterior_probabilities(
+            torch.from_numpy(image),
+            torch.from_numpy(probabilities.argmax(0)),
+            self.labels,
+            blur=settings.posterior_blur,
+            strength=settings.posterior_strength,
+        )
+        found = student.probabilities(image)
+        background = np.maximum(1 - found.sum(0, keepdims=True), 0)
+        fused, trust = fused_probabilities(carried.numpy(), np.concatenate([background, found]))
+        self.trust[case] = {str(label): float(t) for label, t in zip(self.labels[1:], trust, strict=True)}
+        return fused
 
     def _probabilities(self, atlas: str, case: str, image: np.ndarray, properties: dict[str, Any]) -> np.ndarray:
         """Warped label masks (labels, X, Y, Z) of one atlas on a preprocessed image (C, X, Y, Z)."""

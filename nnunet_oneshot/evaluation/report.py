@@ -14,10 +14,10 @@ import numpy as np
 
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.evaluation.benchmark_figures import write_benchmark_figures
-from nnunet_oneshot.evaluation.methods import CEILING, FLOOR
+from nnunet_oneshot.evaluation.methods import CEILING, FAIR_CEILING, FAIR_FLOOR, FLOOR
 from nnunet_oneshot.evaluation.runs import rows_of
 from nnunet_oneshot.evaluation.statistics import (
-    Interval,
+    ClosedGaps,
     ScoreTable,
     closed_gap,
     is_number,
@@ -83,29 +83,34 @@ def _summary_csv(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[st
     return csv_table(header, body)
 
 
-def _gaps(rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
-    """Share of the gap from the atlas alone to all labels that each method closes; empty without both ends."""
+def _gaps(rows: Sequence[Mapping[str, Any]]) -> ClosedGaps:
+    """Share of the gap from the atlas alone to all labels that each method closes.
+
+    Each end is the training with our own optimiser where that was run, else the stock one.
+    """
     methods = methods_in(rows)
-    if FLOOR not in methods or CEILING not in methods:
-        return {}
+    floor = FAIR_FLOOR if FAIR_FLOOR in methods else FLOOR
+    ceiling = FAIR_CEILING if FAIR_CEILING in methods else CEILING
+    if floor not in methods or ceiling not in methods:
+        return ClosedGaps(floor, ceiling, {})
     tables = {method: score_table(rows, method) for method in methods}
     found = {
-        method: closed_gap(tables[method], tables[FLOOR], tables[CEILING])
+        method: closed_gap(tables[method], tables[floor], tables[ceiling])
         for method in methods
-        if method not in (FLOOR, CEILING)
+        if method not in (floor, ceiling)
     }
-    return {method: gap for method, gap in found.items() if gap is not None}
+    return ClosedGaps(floor, ceiling, {method: gap for method, gap in found.items() if gap is not None})
 
 
-def _summary_markdown(
-    rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]], gaps: Mapping[str, Interval]
-) -> str:
+def _summary_markdown(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]], gaps: ClosedGaps) -> str:
     methods = methods_in(rows)
     tables = {method: score_table(rows, method) for method in methods}
     first = records[0]
     lines = [f"# {plain(first['dataset'])}: one-shot methods compared", ""]
     lines += [_how(records), "", _CONVENTIONS, "", "## Dice", ""]
     lines += _score_lines(rows, tables, gaps)
+    if gaps.shares:
+        lines += ["", f"Gap closed: 0 is {code(gaps.floor)}, 1 is {code(gaps.ceiling)}."]
     lines += ["", "## Differences", "", *_difference_lines(tables), "", "## Runs", ""]
     header = ["method", "atlas", "fold", "seed", "epochs", "plans", "seconds", "peak memory (MB)", "mean Dice"]
     body = []
@@ -135,9 +140,7 @@ def _how(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _score_lines(
-    rows: Sequence[Mapping[str, Any]], tables: Mapping[str, ScoreTable], gaps: Mapping[str, Interval]
-) -> list[str]:
+def _score_lines(rows: Sequence[Mapping[str, Any]], tables: Mapping[str, ScoreTable], gaps: ClosedGaps) -> list[str]:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     header = ["method", *labels, "mean", "between seeds (SD)", "HD95 (mm)", "NSD 2 mm", "gap closed"]
     body = []
@@ -152,7 +155,7 @@ def _score_lines(
                 "" if spread is None else f"{spread:.3f}",
                 f"{_mean(score_table(rows, method, metric='hd95')):.2f}",
                 f"{_mean(score_table(rows, method, metric='nsd_2mm')):.3f}",
-                Markup(gaps[method]) if method in gaps else "",
+                Markup(gaps.shares[method]) if method in gaps.shares else "",
             ]
         )
     return markdown_table(header, body)

@@ -28,6 +28,21 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class ClosedGaps:
+    """How much of the gap between two methods the others close.
+
+    Attributes:
+        floor: The method at which nothing of it is closed.
+        ceiling: The method at which all of it is.
+        shares: Each other method with its share; empty where one of the ends was not run.
+    """
+
+    floor: str
+    ceiling: str
+    shares: Mapping[str, Interval]
+
+
+@dataclass(frozen=True)
 class ScoreTable:
     """Scores of one method, averaged over labels and seeds.
 

@@ -91,12 +91,22 @@ class Student(SegmentingGuide):
         prepared: The dataset whose images are to be segmented.
         fold: Number of the fold that is registered, or ``"all"``.
         device: Where the network runs.
+        what: What it is for the user, the beginning of errors.
 
     Raises:
         OneShotError: There is no finished training of this fold, or it is one for other images or labels.
     """
 
-    def __init__(self, folder: str | Path, prepared: PreparedDataset, *, fold: int | str, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        prepared: PreparedDataset,
+        *,
+        fold: int | str,
+        device: torch.device,
+        what: str = "guide",
+    ) -> None:
+        self.what = what
         self.folder = Path(folder).expanduser()
         self.fold = str(fold)
         self.device = device
@@ -134,14 +144,14 @@ class Student(SegmentingGuide):
     def _check_files(self) -> None:
         expected = "expected nnU-Net's TRAINER__PLANS__CONFIGURATION with plans.json, dataset.json and fold folders"
         if not self.folder.is_dir():
-            raise OneShotError(f"The guide {self.folder} is no folder: {expected}.")
+            raise OneShotError(f"The {self.what} {self.folder} is no folder: {expected}.")
         missing = [name for name in ("plans.json", "dataset.json") if not (self.folder / name).is_file()]
         if missing:
-            raise OneShotError(f"The guide {self.folder} holds no {' and no '.join(missing)}: {expected}.")
+            raise OneShotError(f"The {self.what} {self.folder} holds no {' and no '.join(missing)}: {expected}.")
         if not self.checkpoint.is_file():
             finished = sorted(path.parent.name for path in self.folder.glob(f"fold_*/{CHECKPOINT}"))
             raise OneShotError(
-                f"The guide {self.folder} has no finished training of fold {self.fold} ({CHECKPOINT}); finished: "
+                f"The {self.what} {self.folder} has no finished training of fold {self.fold} ({CHECKPOINT}); finished: "
                 f"{finished or 'none'}. A fold is guided by a model of the same fold, since those of other folds may "
                 f"have learned from its validation cases: train it, or give another folder."
             )
@@ -151,12 +161,13 @@ class Student(SegmentingGuide):
         self._same("dataset", own.get("dataset_name"), plans.get("dataset_name"))
         if configuration not in own["configurations"]:
             raise OneShotError(
-                f"The guide {self.folder} was planned without configuration {configuration}: expected a model of it."
+                f"The {self.what} {self.folder} was planned without configuration {configuration}: expected a model "
+                f"of it."
             )
         theirs, ours = PlansManager(own).get_configuration(configuration), prepared.configuration_manager
         if theirs.previous_stage_name is not None:
             raise OneShotError(
-                f"The guide {self.folder} is the second stage of a cascade, which needs another model's "
+                f"The {self.what} {self.folder} is the second stage of a cascade, which needs another model's "
                 f"segmentations: give a model of a configuration without a previous stage."
             )
         self._same("order of axes", own["transpose_forward"], plans["transpose_forward"])
@@ -184,8 +195,8 @@ class Student(SegmentingGuide):
     def _same(self, what: str, found: Any, expected: Any) -> None:
         if found != expected:
             raise OneShotError(
-                f"The guide {self.folder} was trained with another {what} ({_short(found)}) than the images that are "
-                f"registered ({_short(expected)}): give a model of this dataset, or train one."
+                f"The {self.what} {self.folder} was trained with another {what} ({_short(found)}) than the images that "
+                f"are registered ({_short(expected)}): give a model of this dataset, or train one."
             )
 
 

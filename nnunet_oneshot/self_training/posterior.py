@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +57,30 @@ def posterior_labels(image: Tensor, labels: Tensor, *, blur: float, strength: fl
     return torch.stack(results)[:, None].to(labels.dtype)
 
 
+def posterior_probabilities(
+    image: Tensor, labels: Tensor, values: Sequence[int], *, blur: float, strength: float
+) -> Tensor:
+    """The probabilities of which `posterior_labels` takes the largest.
+
+    Args:
+        image: (C, *spatial), two or three spatial axes.
+        labels: (*spatial) whole numbers >= 0, 0 is background.
+        values: The labels whose probabilities are wanted, 0 first.
+        blur: See `posterior_labels`.
+        strength: The same; 0 gives the labels themselves.
+
+    Returns:
+        (len(values), *spatial) float32; far from any foreground the background has 1.
+    """
+    labels = labels.long()
+    result = torch.stack([(labels == value).float() for value in values]).flatten(1)
+    solved = _solved(image.float(), labels, blur=blur, strength=strength) if strength else None
+    if solved is not None:
+        for row, value in zip(result, values, strict=True):
+            row[solved.band] = (solved.posterior * (solved.present[solved.candidates] == value)).sum(0)
+    return result.view(len(values), *labels.shape)
+
+
 def posterior_target(
     image: Tensor,
     target: Tensor | list[Tensor],
@@ -91,11 +117,38 @@ def posterior_target(
     return result
 
 
+class _Solved(NamedTuple):
+    """What expectation maximisation finds.
+
+    Attributes:
+        band: Flat index of each voxel near any foreground, (N,).
+        present: The labels that there are, (L,).
+        candidates: The few labels that are possible in each voxel, (M, N), as places in `present`.
+        posterior: Their probabilities, (M, N).
+    """
+
+    band: Tensor
+    present: Tensor
+    candidates: Tensor
+    posterior: Tensor
+
+
 def _posterior(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> Tensor:
     """One sample: image (C, *spatial), labels (*spatial)."""
+    solved = _solved(image, labels, blur=blur, strength=strength)
+    if solved is None:
+        return labels
+    result = torch.zeros_like(labels).flatten()
+    likeliest = solved.candidates.gather(0, solved.posterior.max(0, keepdim=True).indices)[0]
+    result[solved.band] = solved.present[likeliest]
+    return result.view(labels.shape)
+
+
+def _solved(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> _Solved | None:
+    """Expectation maximisation for one sample: image (C, *spatial), labels (*spatial); None for a single label."""
     present = labels.unique()
     if len(present) < 2:
-        return labels
+        return None
     band = _dilated(labels != 0).flatten().nonzero()[:, 0]
     possible = _blurred_indicators(labels, present, blur).flatten(1).index_select(1, band)
     prior, candidates = _largest(possible, min(_CANDIDATES, len(present)))
@@ -115,9 +168,7 @@ def _posterior(image: Tensor, labels: Tensor, *, blur: float, strength: float) -
                 found = torch.where(background, own, found)
             evidence += found
         posterior = torch.softmax(log_prior + strength / len(bins) * evidence, dim=0)
-    result = torch.zeros_like(labels).flatten()
-    result[band] = present[candidates.gather(0, posterior.max(0, keepdim=True).indices)[0]]
-    return result.view(labels.shape)
+    return _Solved(band, present, candidates, posterior)
 
 
 def _dilated(mask: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class OneShotDataLoader(nnUNetDataLoader):
         settings: PatchSettings,
         seed: int,
         real_cases: Sequence[str] | None = None,
+        own_share: float = 0.0,
     ) -> None:
         spatial, remaining = split_spatial(settings.transforms)
         super().__init__(
@@ -106,6 +107,7 @@ class OneShotDataLoader(nnUNetDataLoader):
         self.registrations = registrations
         self.settings = settings
         self.seed = seed
+        self.own_share = own_share
         self.pairs = sorted(registrations)
         self.flows = Flows(list(registrations.values()))
         self.pair_weights = draw_weights([registrations[pair] for pair in self.pairs])
@@ -130,16 +132,15 @@ class OneShotDataLoader(nnUNetDataLoader):
 
         Returns:
             ``data`` (B, C, *patch) float32, ``target`` in the format of nnU-Net's loader, ``real`` (B, C, *patch)
-            float32 aligned with ``data``, ``from_real`` (B,) bool, whether ``data`` shows the real image, ``keys`` (the
-            unlabelled cases) and ``atlases``. In the second stage of a cascade ``data`` has one more channel a label,
-            and ``previous`` (B, 1, *patch) is the first stage's segmentation of ``real``.
+            float32 aligned with ``data``, ``from_real`` (B,) bool, whether ``data`` shows the real image with a label
+            that a registration carried to it, ``keys`` (the unlabelled cases, or the atlas itself where it is shown as
+            it is with its own label) and ``atlases``. In the second stage of a cascade ``data`` has one more channel a
+            label, and ``previous`` (B, 1, *patch) is the first stage's segmentation of ``real``.
         """
         drawn, samples = [], []
         with torch.no_grad(), threadpool_limits(limits=1, user_api=None):
             for index in range(self.batch_size):
-                from_real = self._draw_source()
-                weights = self.real_weights if from_real else self.pair_weights
-                pair = self.pairs[np.random.choice(len(self.pairs), p=weights / weights.sum())]
+                pair, from_real = self._draw_pair()
                 drawn.append(pair)
                 samples.append(self._sample(*pair, self.get_do_oversample(index), from_real))
         segs = [sample["segmentation"] for sample in samples]
@@ -158,6 +159,16 @@ class OneShotDataLoader(nnUNetDataLoader):
             batch.update(real=real[:, :-1], previous=real[:, -1:])
         return batch
 
+    def _draw_pair(self) -> tuple[tuple[str, str], bool]:
+        """Atlas and case of the next sample, and whether it shows the real image with a carried label."""
+        # Draws only if there is a choice, so that one atlas leaves all other draws as they are.
+        if self.own_share and np.random.uniform() < self.own_share:
+            atlas = sorted(self.atlases)[np.random.choice(len(self.atlases))]
+            return (atlas, atlas), False
+        from_real = self._draw_source()
+        weights = self.real_weights if from_real else self.pair_weights
+        return self.pairs[np.random.choice(len(self.pairs), p=weights / weights.sum())], from_real
+
     def _draw_source(self) -> bool:
         """Whether the next sample shows the real image."""
         # Draws only if there is a choice, so that trainers with a single source use the same random numbers.
@@ -165,8 +176,10 @@ class OneShotDataLoader(nnUNetDataLoader):
         return np.random.uniform() < real_share if 0 < real_share < 1 else real_share == 1
 
     def _sample(self, atlas_name: str, case: str, foreground: bool, from_real: bool) -> dict:
-        atlas, registration = self.atlases[atlas_name], self.registrations[atlas_name, case]
-        augment = self.settings.augment and not from_real
+        atlas, is_own = self.atlases[atlas_name], case == atlas_name
+        registration = _unmoved(atlas_name, atlas) if is_own else self.registrations[atlas_name, case]
+        real = atlas.image.numpy() if is_own else self._data.load_case(case)[0]
+        augment = self.settings.augment and not from_real and not is_own
         deformation = draw_deformation(
             registration, lambda: self._other(atlas_name), self.settings.synthesis, augment=augment, flows=self.flows
         )
@@ -175,7 +188,8 @@ class OneShotDataLoader(nnUNetDataLoader):
         corner, _ = self.get_bbox(registration.case_shape, foreground, locations)
         places = patch_places(corner, self.patch_size, self.final_patch_size, self.spatial)
         real, _, previous, _ = self._data.load_case(case)
-        patch = sample_patch(places, deformation, atlas, real, synthetic=not from_real, previous=previous)
+        shows_atlas = not from_real and not is_own
+        patch = sample_patch(places, deformation, atlas, real, synthetic=shows_atlas, previous=previous)
         if from_real:
             patch = with_own_mask(patch, self.settings.masked)
         elif augment:
@@ -211,6 +225,26 @@ class OneShotDataLoader(nnUNetDataLoader):
         return moved
 
 
+def share_of_labelled(atlases: Sequence[str], cases: Sequence[str]) -> float:
+    """Share of the training samples that show an atlas as it is, with its own label; each atlas has the same part.
+
+    Each image of the training part is shown equally often: an unlabelled one as what an atlas is warped to, a labelled
+    one as itself. One atlas alone is only warped.
+
+    Args:
+        atlases: The labelled images.
+        cases: The unlabelled ones.
+    """
+    return len(atlases) / (len(atlases) + len(cases)) if len(atlases) > 1 else 0.0
+
+
+def _unmoved(name: str, atlas: Atlas) -> Registration:
+    """The registration of an atlas to itself, which moves nothing."""
+    shape = tuple(atlas.seg.shape[1:])
+    nothing = np.zeros((3, *(min(2, size) for size in shape)), np.float32)
+    return Registration(name, name, np.eye(4), nothing, shape, shape)
+
+
 def build_oneshot_loader(
     prepared: PreparedDataset,
     registrations: RegistrationCache | GuidedRegistrations,
@@ -223,11 +257,13 @@ def build_oneshot_loader(
 ) -> OneShotDataLoader:
     """Loads atlases and registrations into memory and builds the loader.
 
+    Patches for training, that is those that are augmented, also show the atlases as they are; see `share_of_labelled`.
+
     Args:
         prepared: The dataset.
         registrations: Contains the registration of each atlas to each case.
         atlases: Labelled cases.
-        cases: Unlabelled cases; only their images are read.
+        cases: Unlabelled cases; only their images are read. Without any, each patch shows an atlas as it is.
         settings: Settings for the patches.
         seed: Seed of torch in the worker processes.
         real_cases: Those of the cases that are shown as they are; None are all. Pairs that are ambiguous are not.
@@ -242,13 +278,14 @@ def build_oneshot_loader(
     }
     pairs = {(a, c): registrations.load(a, c) for a in atlases for c in cases if a != c}
     return OneShotDataLoader(
-        ImagesOnly(str(prepared.folder), cases, prepared.previous),
+        ImagesOnly(str(prepared.folder), cases or atlases, prepared.previous),
         loaded,
         pairs,
         label_manager=prepared.label_manager,
         settings=settings,
         seed=seed,
         real_cases=real_cases,
+        own_share=share_of_labelled(atlases, cases) if settings.augment else 0.0,
     )
 
 

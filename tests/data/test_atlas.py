@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nnunet_oneshot.config import OneShotConfig
-from nnunet_oneshot.data.atlas import ATLAS_FILE, resolve_atlases, save_choice
+from nnunet_oneshot.data.atlas import ATLAS_FILE, forget_outdated_choice, resolve_atlases, save_choice
 from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
 
@@ -98,3 +98,18 @@ def test_damaged_file_is_refused_and_kept(tmp_path, content):
     with pytest.raises(OneShotError, match=ATLAS_FILE):
         resolve(tmp_path, list("abcd"))
     assert (tmp_path / ATLAS_FILE).read_text() == content
+
+
+def test_new_labels_of_a_partly_labelled_data_set_become_atlases(tmp_path):
+    assert resolve(tmp_path, list("abcd"), "", "a", "all", loader=never).atlases == ["a"]
+    assert forget_outdated_choice(tmp_path, "abcd", "a") == [] and (tmp_path / ATLAS_FILE).is_file()
+    assert forget_outdated_choice(tmp_path, "abcd", "ac") == ["c"]
+    assert resolve(tmp_path, list("abcd"), "", "ac", "all", loader=never).atlases == ["a", "c"]
+
+
+@pytest.mark.parametrize("labelled", ["ac", "abcd"])
+def test_a_choice_of_the_user_or_among_all_labels_outlives_new_labels(labelled, tmp_path):
+    save_choice(tmp_path, ["a"], by_user=labelled == "ac", how="named")
+    before = (tmp_path / ATLAS_FILE).read_text()
+    assert forget_outdated_choice(tmp_path, "abcd", labelled) == []
+    assert (tmp_path / ATLAS_FILE).read_text() == before

@@ -57,6 +57,12 @@ def test_nothing_to_warp_to_is_an_error_when_it_is_needed():
     roles().require_unlabelled()
 
 
+def test_several_atlases_need_nothing_to_be_warped_to():
+    several = roles(train=["case_3", "case_4"], atlases=["case_4", "case_3"], validation=[], progress_cases=1)
+    several.require_unlabelled()
+    assert (several.unlabelled, several.progress) == ((), ("case_3",))
+
+
 def test_sentences_name_the_atlas_and_the_numbers():
     text = " ".join(roles().sentences())
     assert "Atlas: case_3 (named)." in text

@@ -86,6 +86,22 @@ def test_tables_and_figures_are_written(commands, tmp_path):
     assert {"dice_per_label.png", "hd95_per_label.png", "gap_closed.png", "examples.png"} <= drawn
 
 
+def test_the_gap_is_counted_against_our_own_ceilings_where_they_were_run(commands, tmp_path):
+    dataset, _ = commands
+    out = tmp_path / "out"
+    assert benchmark(dataset, out, *FAST) == 0
+    assert "Gap closed: 0 is `nnunet-atlas`, 1 is `nnunet-full`." in (out / "summary.md").read_text()
+    assert benchmark(dataset, out, "--methods", "supervised-atlas", "--epochs", "5") == 0
+    assert "Gap closed: 0 is `supervised-atlas`, 1 is `nnunet-full`." in (out / "summary.md").read_text()
+    assert benchmark(dataset, out, "--methods", "supervised", "--epochs", "5") == 0
+    text = (out / "summary.md").read_text()
+    assert "Gap closed: 0 is `supervised-atlas`, 1 is `supervised`." in text
+    rows = [line.split("|") for line in text.split("## Differences")[0].splitlines() if line.startswith("|")]
+    closed = {row[1].strip(): row[-2].strip() for row in rows[2:]}
+    assert closed["supervised"] == closed["supervised-atlas"] == ""
+    assert closed["nnunet-full"].startswith("+") and closed["distill"]
+
+
 def test_finished_runs_are_skipped_and_new_ones_added(commands, tmp_path, capsys):
     dataset, issued = commands
     assert benchmark(dataset, tmp_path / "out", *FAST, "--seed", "1") == 0
@@ -245,10 +261,21 @@ def test_mistakes_are_found_before_anything_runs(commands, tmp_path, capsys, arg
     assert not issued
 
 
-def test_ceiling_needs_all_labels(prepared_dataset, tmp_path, capsys):
+def test_ceilings_need_all_labels(prepared_dataset, tmp_path, capsys):
     dataset = prepared_dataset(labelled=("case_00", "case_01"))
+    for method in ("nnunet-full", "supervised"):
+        assert benchmark(dataset, tmp_path / "out", "--methods", method, "--epochs", "5") == 1
+        assert f"Method {method} needs the labels of all cases" in capsys.readouterr().err
+
+
+def test_partial_labels_are_not_given_to_stock_nnunet(commands, tmp_path, capsys):
+    dataset, issued = commands
+    path = dataset.preprocessed / "dataset.json"
+    partial = {"oneshot": {"partial": {"case_00": ["left"]}}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **partial}))
     assert benchmark(dataset, tmp_path / "out", "--methods", "nnunet-full", "--epochs", "5") == 1
-    assert "needs the labels of all cases" in capsys.readouterr().err
+    assert "would learn what partly labelled cases do not show as background" in capsys.readouterr().err
+    assert not issued
 
 
 def test_nothing_to_score_is_an_error(prepared_dataset, tmp_path, capsys):
@@ -269,7 +296,7 @@ def test_label_propagation_runs_through_its_command(prepared_dataset, tmp_path):
 @pytest.mark.slow
 def test_trainings_run_through_nnunet(prepared_dataset, tmp_path):
     dataset = prepared_dataset()
-    methods = ["nnunet-atlas", "propagation", "synthesis", "distill", "nnunet-full"]
+    methods = ["nnunet-atlas", "supervised-atlas", "propagation", "synthesis", "distill", "supervised", "nnunet-full"]
     assert benchmark(dataset, tmp_path / "out", "--methods", *methods, "--epochs", "1") == 0
     rows = results(tmp_path / "out")
     assert {row["method"] for row in rows} == set(methods)

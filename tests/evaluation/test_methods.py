@@ -31,7 +31,10 @@ def test_value_may_be_a_list():
 
 
 def test_what_is_compared_unasked_are_the_methods_of_the_documentation():
-    compared = "affine registration corrected syn nnunet-atlas propagation synthesis distill nnunet-full"
+    compared = (
+        "affine registration corrected syn nnunet-atlas supervised-atlas propagation synthesis distill supervised "
+        "nnunet-full"
+    )
     assert default_methods() == compared.split()
     assert {"syncc", "bspline", "demons", "convexadam", "greedy", "greedy_own"} < set(BASELINES)
 
@@ -141,6 +144,8 @@ def test_settings_are_merged_deeply():
         ("distill", 1, "OneShotDistillTrainer_1epoch"),
         ("synthesis", 10, "OneShotSynthesisTrainer_10epochs"),
         ("nnunet-atlas", None, "OneShotAtlasTrainer"),
+        ("supervised-atlas", 5, "OneShotSupervisedAtlasTrainer_5epochs"),
+        ("supervised", None, "OneShotSupervisedTrainer"),
         ("nnunet-full", 5, "nnUNetTrainer_5epochs"),
         ("nnunet-full", 1000, "nnUNetTrainer"),
     ],

@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 
 from nnunet_oneshot.config import SynthesisConfig
 from nnunet_oneshot.registration.pair.registration import Registration
-from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader, PatchSettings
+from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader, PatchSettings, share_of_labelled
 from nnunet_oneshot.synthesis.functional import random_velocity
 from nnunet_oneshot.synthesis.sampler import Atlas
 
@@ -205,3 +205,65 @@ def test_the_first_stage_lies_where_the_real_image_lies_also_mirrored(second_sta
     found = second_stage(real_share, MirrorTransform((0, 1, 2)))
     fits = torch.bucketize(found["real"].contiguous(), torch.tensor([0.0, 0.6])) == found["previous"]
     assert fits.float().mean() > (0.999 if real_share else 0.9)
+
+
+# Padding, 0, is background.
+LIMITS = (0.05, 0.6)
+
+
+def several(own_share, *, batch_size=60, cases=CASES, **settings):
+    """A loader of two atlases whose labels are functions of their intensities."""
+    own = loader(batch_size=batch_size, **settings)
+    atlases = {}
+    for name, seed in (("a", 11), ("b", 12)):
+        seg = np.digitize(smooth(seed), LIMITS).astype(np.int16)
+        places = {label: np.argwhere(seg == label) for label in (1, 2)}
+        atlases[name] = Atlas(torch.from_numpy(smooth(seed)), torch.from_numpy(seg), places)
+    pairs = {(a, c): replace(registration(c), atlas=a) for a in atlases for c in cases}
+    manager = LabelManager({"background": 0, "low": 1, "high": 2}, None)
+    return OneShotDataLoader(
+        Images(), atlases, pairs, label_manager=manager, settings=own.settings, seed=0, own_share=own_share
+    )
+
+
+def drawn(own, seed=0):
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return own.generate_train_batch()
+
+
+@pytest.mark.parametrize(
+    ("atlases", "cases", "share"), [(1, 1, 0.0), (1, 40, 0.0), (2, 3, 0.4), (5, 95, 0.05), (3, 0, 1.0)]
+)
+def test_each_image_of_the_training_part_is_shown_equally_often(atlases, cases, share):
+    assert share_of_labelled(["a"] * atlases, ["c"] * cases) == share
+
+
+@pytest.mark.parametrize("real_share", [0.0, 0.5, 1.0])
+def test_atlases_are_also_shown_as_they_are_with_their_exact_labels(real_share):
+    found = drawn(several(0.4, real_share=real_share))
+    pairs = list(zip(found["atlases"], found["keys"], strict=True))
+    own = torch.tensor([atlas == case for atlas, case in pairs])
+    assert 14 <= own.sum() <= 34 and {atlas for atlas, case in pairs if atlas == case} == {"a", "b"}
+    # What is not corrected by intensities, as labels that a registration carried are.
+    assert not found["from_real"][own].any()
+    assert torch.equal(found["data"][own], found["real"][own])
+    exact = np.digitize(found["data"][own].numpy(), LIMITS)
+    assert np.array_equal(found["target"][own].numpy(), exact)
+    volumes = {name: np.pad(smooth(seed)[0], max(PATCH)) for name, seed in (("a", 11), ("b", 12))}
+    for index in own.nonzero()[:4, 0].tolist():
+        patch, volume = found["data"][index, 0].numpy(), volumes[found["atlases"][index]]
+        windows = np.lib.stride_tricks.sliding_window_view(volume, PATCH)
+        assert (windows == patch).all(axis=(3, 4, 5)).any()
+    assert {case for _, case in pairs} == {*CASES, "a", "b"}
+
+
+def test_the_other_samples_of_several_atlases_are_drawn_as_ever():
+    plain, again = drawn(several(0.0)), drawn(several(0.0), seed=0)
+    assert torch.equal(plain["data"], again["data"]) and set(plain["keys"]) == set(CASES)
+
+
+def test_without_an_unlabelled_image_every_patch_shows_an_atlas_as_it_is():
+    found = drawn(several(1.0, cases=(), batch_size=20))
+    assert found["keys"] == found["atlases"] and set(found["keys"]) == {"a", "b"}
+    assert np.array_equal(found["target"].numpy(), np.digitize(found["data"].numpy(), LIMITS))

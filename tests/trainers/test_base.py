@@ -94,6 +94,48 @@ def test_atlas_trainer_keeps_the_optimiser_of_nnunet(prepare, make_trainer):
     assert isinstance(trainer.optimizer, torch.optim.SGD)
 
 
+SUPERVISED = ["OneShotSupervisedAtlasTrainer", "OneShotSupervisedTrainer"]
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_ceilings_train_like_the_trainers_that_warp(name, prepare, make_trainer, stubs):
+    dataset = prepare()
+    ceiling, synthesis = (make_trainer(dataset, kind) for kind in (name, "OneShotSynthesisTrainer"))
+    for trainer in (ceiling, synthesis):
+        trainer.initialize()
+        trainer.get_dataloaders()
+    compared = [
+        (t.num_epochs, t.batch_size, str(t.optimizer), str(t.loss), t.inference_allowed_mirroring_axes)
+        for t in (ceiling, synthesis)
+    ]
+    assert compared[0] == compared[1]
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_ceilings_read_the_labels_that_they_say(name, prepare, make_trainer):
+    trainer = make_trainer(prepare(labelled=("case_00", "case_01", "case_02", "case_03")), name)
+    trainer.initialize()
+    train, val = trainer.do_split()
+    cases = [loader.data_loader._data.identifiers for loader in trainer.get_dataloaders()]
+    labelled = sorted(case for case in train if case < "case_04")
+    assert cases == [labelled, labelled] and not set(labelled) & set(val)
+    says_so = "THIS IS NO ONE-SHOT TRAINING" in log_of(trainer)
+    assert says_so == (name == "OneShotSupervisedTrainer")
+    # Without the sentence that other labels are not opened.
+    assert says_so != ("are not opened" in log_of(trainer))
+
+
+def test_all_labels_or_the_atlas_alone(prepare, make_trainer):
+    dataset = prepare()
+    cases = []
+    for name in SUPERVISED:
+        trainer = make_trainer(dataset, name)
+        trainer.initialize()
+        cases.append(trainer.get_dataloaders()[0].data_loader._data.identifiers)
+        assert len(trainer.roles.atlases) == 1
+    assert cases == [list(trainer.roles.atlases), sorted(trainer.do_split()[0])]
+
+
 def test_network_starts_from_the_seed(prepare, make_trainer):
     dataset = prepare()
     weights = []
@@ -530,3 +572,55 @@ def test_settings_other_than_the_defaults_are_told(prepare, make_trainer, stubs)
     trainer = make_trainer(prepare(), "OneShotSynthesisTrainer_1epoch", edit=block(seed=7))
     assert trainer.roles
     assert "seed was 12345, is 7" in log_of(trainer)
+
+
+@pytest.mark.parametrize("name", ["OneShotAtlasTrainer", "OneShotSynthesisTrainer", "OneShotDistillTrainer"])
+def test_what_an_atlas_does_not_show_is_no_error_of_the_network(name, prepare, make_trainer, stubs):
+    """A network that finds the hidden structure everywhere, where the label says background."""
+    dataset = prepare()
+    path = dataset.preprocessed / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "oneshot": {"partial": {"case_00": ["left"]}}}))
+    trainer = make_trainer(dataset, name)
+    trainer.initialize()
+    with torch.no_grad():
+        for head in trainer.network.decoder.seg_layers:
+            head.bias[2] = 50
+    patch = torch.rand(2, 1, *trainer.configuration_manager.patch_size)
+    scales = trainer._get_deep_supervision_scales() or [[1, 1, 1]]
+    sizes = [[round(s * f) for s, f in zip(patch.shape[2:], factors, strict=True)] for factors in scales]
+    found = {}
+    for atlas in ("case_00", "case_01"):
+        target = [torch.zeros(2, 1, *size, dtype=torch.int16) for size in sizes]
+        batch = {
+            "data": patch,
+            "real": patch,
+            "from_real": torch.zeros(2, dtype=torch.bool),
+            "target": target if trainer.enable_deep_supervision else target[0],
+            "keys": [atlas] * 2 if name == "OneShotAtlasTrainer" else ["case_05"] * 2,
+            **({} if name == "OneShotAtlasTrainer" else {"atlases": [atlas] * 2}),
+        }
+        found[atlas] = trainer.validation_step(batch), trainer.train_step(batch)
+    hidden, shown = found["case_00"], found["case_01"]
+    assert hidden[0]["fp_hard"][1] == 0 < shown[0]["fp_hard"][1]
+    assert all(step["loss"] < 1 for step in hidden) and all(step["loss"] > 30 for step in shown)
+    assert not trainer.network._forward_hooks
+
+
+def test_a_structure_that_no_atlas_shows_is_refused(prepare, make_trainer, stubs):
+    dataset = prepare(labelled=("case_00",))
+    path = dataset.preprocessed / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "oneshot": {"partial": {"case_00": ["left"]}}}))
+    trainer = make_trainer(dataset, "OneShotSynthesisTrainer")
+    trainer.initialize()
+    with pytest.raises(OneShotError, match="None of the atlases of fold 0 .case_00. shows right"):
+        trainer.get_dataloaders()
+
+
+def test_partly_labelled_validation_cases_are_not_scored(prepare, make_trainer):
+    dataset = prepare()
+    path = dataset.preprocessed / "dataset.json"
+    splits = json.loads((dataset.preprocessed / "splits_final.json").read_text())
+    partly = splits[0]["val"][0]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "oneshot": {"partial": {partly: ["left"]}}}))
+    fold = make_trainer(dataset, "OneShotSynthesisTrainer")._fold()
+    assert partly in fold.validation and fold.scored == [case for case in fold.validation if case != partly]

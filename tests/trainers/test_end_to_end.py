@@ -180,3 +180,15 @@ def test_dataset_planned_by_stock_nnunet(tiny_dataset, short, monkeypatch):
     assert "their intensity statistics come from the labels of all cases" in logs(folder)
     # Chosen once for all folds, from the training part of the first.
     assert "medoid of 4 training images, no label seen" in logs(folder)
+
+
+@pytest.mark.parametrize("name", ["OneShotDistillTrainer_5epochs", "OneShotSupervisedTrainer_1epoch"])
+def test_partly_labelled_atlases_and_no_other_image(name, prepare, short):
+    dataset = prepare(n_cases=3)
+    content = json.loads((dataset.preprocessed / "dataset.json").read_text())
+    content["oneshot"] = {"partial": {"case_00": ["left"], "case_01": ["right"], "case_02": ["left"]}}
+    (dataset.preprocessed / "dataset.json").write_text(json.dumps(content))
+    (dataset.preprocessed / "oneshot_atlas.json").unlink()
+    folder = train(dataset, name, fold="all")
+    assert torch.isfinite(weights(folder)).all()
+    assert "Partly labelled atlases" in logs(folder) or "reads the labels of all 3 labelled cases" in logs(folder)

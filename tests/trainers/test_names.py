@@ -9,7 +9,10 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import nnunet_oneshot.trainers as trainers
 
-KINDS = ["OneShotAtlasTrainer", "OneShotPropagationTrainer", "OneShotSynthesisTrainer", "OneShotDistillTrainer"]
+KINDS = [
+    *("OneShotAtlasTrainer", "OneShotPropagationTrainer", "OneShotSynthesisTrainer", "OneShotDistillTrainer"),
+    *("OneShotSupervisedAtlasTrainer", "OneShotSupervisedTrainer"),
+]
 LENGTHS = ["1epoch", "5epochs", "10epochs", "20epochs", "50epochs", "100epochs", "250epochs", "500epochs"]
 NAMES = KINDS + [f"{kind}_{length}" for kind in KINDS for length in LENGTHS]
 

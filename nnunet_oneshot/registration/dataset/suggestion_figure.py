@@ -1,26 +1,39 @@
-"""The picture of a ranking: central slices of the most and the least typical cases."""
+"""The picture of a ranking: central slices of its first and its last cases."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from typing import Protocol
 
 import numpy as np
 
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.data.verify import read_image
-from nnunet_oneshot.registration.dataset.ranking import RankedCase
+
+
+class Ranked(Protocol):
+    """A case in a ranking."""
+
+    @property
+    def case(self) -> str:
+        """Its name."""
+
+    @property
+    def caption(self) -> str:
+        """What stands above its picture."""
 
 
 def contact_sheet(
-    path: str | PathLike, raw: RawDataset, groups: tuple[Sequence[RankedCase], Sequence[RankedCase]]
+    path: str | PathLike, raw: RawDataset, groups: tuple[Sequence[Ranked], Sequence[Ranked]], *, title: str
 ) -> None:
-    """Writes a PNG with the best cases above the worst, each shown by two central slices (2D: the image).
+    """Writes a PNG with the first cases above the last, each shown by two central slices (2D: the image).
 
     Args:
         path: Where to write.
         raw: The images.
-        groups: Best and worst cases, in equal numbers.
+        groups: First and last cases, in equal numbers.
+        title: Of the whole picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,9 +49,8 @@ def contact_sheet(
                 axis = axes[row * cuts + index, column]
                 axis.imshow(cut, cmap="gray", aspect=aspect, vmin=np.percentile(cut, 1), vmax=np.percentile(cut, 99))
                 axis.set_axis_off()
-            title = f"{ranked.rank}. {ranked.case}\n{ranked.correlation:.3f}"
-            axes[row * cuts, column].set_title(title, fontsize=8, parse_math=False)
-    figure.suptitle("Most typical (above) and least typical cases: mean correlation to the others", fontsize=9)
+            axes[row * cuts, column].set_title(ranked.caption, fontsize=8, parse_math=False)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, format="png", dpi=110)
 
 

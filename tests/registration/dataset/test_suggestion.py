@@ -14,7 +14,7 @@ from nnunet_oneshot.cli import main
 from nnunet_oneshot.data.image_folder import ImageFolder
 from nnunet_oneshot.data.thumbnails import find_medoid
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.registration.dataset.ranking import rank_cases
+from nnunet_oneshot.registration.dataset.ranking import order_next, rank_cases
 from nnunet_oneshot.registration.dataset.suggestion import suggest_atlas
 
 
@@ -129,3 +129,71 @@ def test_what_cannot_be_ranked_is_said(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["suggest-atlas"])
     assert "one of the arguments -d -i is required" in capsys.readouterr().err
+
+
+NAMES = ["known", "like_a", "like_b", "new_0", "new_1", "new_2", "strange"]
+
+
+def families():
+    """Similarities of two cases like the labelled one, three of another shape, and one like none."""
+    group = np.array([0, 0, 0, 1, 1, 1, 2])
+    matrix = np.where(group[:, None] == group, 0.9, 0.1)
+    matrix[3, 4] = matrix[4, 3] = 0.95
+    np.fill_diagonal(matrix, 1)
+    return NAMES, matrix
+
+
+def test_the_next_case_stands_for_those_that_no_labelled_one_is_like():
+    ranking = order_next(*families(), ["known"])
+    assert [entry.case for entry in ranking] == ["new_0", "new_1", "new_2", "strange", "like_a", "like_b"]
+    assert [entry.rank for entry in ranking] == [1, 2, 3, 4, 5, 6]
+    # New to itself and to two others; strange to itself alone.
+    assert [ranking[0].gain, ranking[3].gain] == pytest.approx([(0.9 + 0.85 + 0.8) / 7, 0.9 / 7], abs=1e-6)
+    assert {entry.nearest for entry in ranking} == {"known"} and all(entry.agreement is None for entry in ranking)
+    assert [ranking[0].similarity, ranking[4].similarity] == pytest.approx([0.1, 0.9])
+    # The other family is covered once one of it is labelled.
+    again = order_next(*families(), ["known", "new_0"])
+    assert again[0].case == "strange" and {again[1].nearest, again[-1].nearest} == {"new_0", "known"}
+
+
+def test_disagreement_of_the_student_counts_as_much_as_coverage():
+    plain = [entry.case for entry in order_next(*families(), ["known"])]
+    agreement = dict.fromkeys(plain, 0.5)
+    assert [entry.case for entry in order_next(*families(), ["known"], agreement)] == plain
+    # The first by gain is the one on which both agree most: the second, on which they agree least, takes its place.
+    ranking = order_next(*families(), ["known"], {**agreement, "new_0": 0.9, "new_1": 0.2})
+    assert (ranking[0].case, ranking[0].agreement) == ("new_1", 0.2)
+
+
+def test_the_next_case_to_label_is_suggested_by_the_names_of_labels_alone(tiny_dataset, tmp_path, capsys):
+    dataset = tiny_dataset(n_cases=5, shape=(14, 16, 12), labelled=("case_01", "case_03"))
+    for case in ("case_01", "case_03"):
+        dataset.label(case).write_bytes(b"not an image")
+    out = tmp_path / "out"
+    assert main(["suggest-atlas", "-d", str(dataset.id), "--next", "-o", str(out), "-np", "1"]) == 0
+    content = json.loads((out / "next_ranking.json").read_text())
+    assert sorted(entry["case"] for entry in content["ranking"]) == ["case_00", "case_02", "case_04"]
+    assert {entry["nearest"] for entry in content["ranking"]} <= {"case_01", "case_03"} == set(content["labelled"])
+    with open(out / "next_ranking.csv", newline="") as file:
+        assert [row["case"] for row in csv.DictReader(file)] == [entry["case"] for entry in content["ranking"]]
+    assert (out / "next_ranking.png").read_bytes().startswith(b"\x89PNG")
+    assert f"Label {content['ranking'][0]['case']} next" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labelled", "arguments", "message"),
+    [
+        ((), ["--next"], "0 labelled and 4 unlabelled"),
+        ("all", ["--next"], "4 labelled and 0 unlabelled"),
+        ((), ["--student", "model"], "--student goes with --next"),
+        (("case_00",), ["--next", "--student", "nowhere"], "plan_and_preprocess"),
+    ],
+)
+def test_what_cannot_be_ranked_as_next_is_said(labelled, arguments, message, tiny_dataset, tmp_path, capsys):
+    dataset = tiny_dataset(n_cases=4, shape=(14, 16, 12), labelled=labelled)
+    dataset.preprocessed.mkdir()
+    assert main(["suggest-atlas", "-d", str(dataset.id), "-o", str(tmp_path / "out"), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert main(["suggest-atlas", "-i", str(dataset.raw / "imagesTr"), "--next"]) == 1
+    assert "--next needs a dataset" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -57,6 +57,10 @@ class OnGpu(torch.Tensor):
     def is_cuda(self) -> bool:
         return True
 
+    def __getitem__(self, index):
+        # torch would make a tensor of a list where it takes this one to lie.
+        return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
+
     def tolist(self) -> list:
         return self.cpu().tolist()
 
@@ -72,7 +76,7 @@ class OnGpu(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise RuntimeError(f"{function} outside of pretended_gpu()")
+        raise RuntimeError(f"{function} outside of a PretendedGpu")
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

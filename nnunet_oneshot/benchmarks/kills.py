@@ -54,13 +54,13 @@ def short(trainer, length):
         epochs = length
 
         def initialize(self):
-            self.num_iterations_per_epoch, self.num_val_iterations_per_epoch, self.save_every = 4, 2, 1
+            self.num_iterations_per_epoch, self.num_val_iterations_per_epoch, self.save_every = 2, 1, 1
             super().initialize()
 
     return Short
 
 
-class OneShotDistillTrainer_5epochs(short(OneShotDistillTrainer, 5)):
+class OneShotDistillTrainer_5epochs(short(OneShotDistillTrainer, 3)):
     pass
 
 
@@ -421,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the trials; returns the exit status, which is 1 if one failed."""
     parser = argparse.ArgumentParser(
         prog="python -m nnunet_oneshot.benchmarks.kills",
-        description="Kills every command at random moments and checks that the same command then ends as if undisturbed.",
+        description="Kills every command at random moments and checks that it then ends as if undisturbed.",
     )
     names = [step.name for step in STEPS]
     parser.add_argument("-o", required=True, metavar="FOLDER", help="a new folder; kills.csv is written there")

@@ -23,6 +23,7 @@ from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
+from nnunet_oneshot.devices import check_operations
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
 from nnunet_oneshot.locks import end_workers_with_this_process, free, take_or_refuse
@@ -79,6 +80,7 @@ class OneShotTrainer(nnUNetTrainer):
         raise NotImplementedError
 
     def initialize(self) -> None:
+        check_operations(self.device)
         self.prepared.check()
         # With one scale nnU-Net's weights of deep supervision are 0 / 0, and the loss is not a number.
         if len(self.configuration_manager.pool_op_kernel_sizes) < 3:

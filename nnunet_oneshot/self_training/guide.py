@@ -56,7 +56,7 @@ class SegmentingGuide(ABC):
             image: (C, X, Y, Z), preprocessed.
 
         Returns:
-            (K, X, Y, Z) float32.
+            (K, X, Y, Z) float16.
         """
 
     def atlas_maps(self, segmentation: np.ndarray) -> np.ndarray:

@@ -214,7 +214,8 @@ def _starts(
         shifted = centred.copy()
         shifted[:-1, -1] = shifted[:-1, longest] * share * frames.extents[longest]
         found.append(("shift", shifted))
-    maps = torch.from_numpy(np.stack([matrix for _, matrix in found])).to(fixed)
+    # In float32 before it goes there: MPS has no float64.
+    maps = torch.from_numpy(np.stack([matrix for _, matrix in found])).float().to(fixed.device)
     return [name for name, _ in found], maps
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -216,7 +216,7 @@ class AtlasRegistrar:
     def guide(
         self,
         atlas_maps: np.ndarray,
-        probabilities: Sequence[np.ndarray],
+        probabilities: Iterable[np.ndarray],
         aligned: Sequence[Aligned],
         trust: np.ndarray | None = None,
     ) -> LabelGuide:
@@ -224,7 +224,7 @@ class AtlasRegistrar:
 
         Args:
             atlas_maps: (K + 1, X, Y, Z) masks of the atlas's labels, then of the voxels that are not ignored.
-            probabilities: (K, U, V, W) of each case.
+            probabilities: (K, U, V, W) of each case, asked for one after the other.
             aligned: Results of `align`, in the same order.
             trust: Upper limit of each label's weight, (K,), 0 to 1; None is 1 for all.
         """

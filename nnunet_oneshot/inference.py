@@ -20,6 +20,8 @@ from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 from nnunet_oneshot.io import atomic_folder, load_json_checked, writing
 
 CHECKPOINT = "checkpoint_final.pth"
+# Values of all outputs that are turned into probabilities at a time.
+_PART = 2**24
 
 
 def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -43,11 +45,14 @@ def foreground_probabilities(predictor, image: np.ndarray) -> np.ndarray:
         image: (C, X, Y, Z), preprocessed.
 
     Returns:
-        (K, X, Y, Z) float32.
+        (K, X, Y, Z) float16, in which nnU-Net keeps its outputs.
     """
-    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.ascontiguousarray(image)))
-    heads = predictor.label_manager.apply_inference_nonlin(logits.float()).numpy()
-    return heads if predictor.label_manager.has_regions else heads[1:]
+    heads = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(np.ascontiguousarray(image)))
+    # In place and in parts: of many labels of a large image, each copy takes gigabytes.
+    with torch.inference_mode():
+        for part in heads.split(max(1, _PART // heads[:, 0].numel()), dim=1):
+            part.copy_(predictor.label_manager.apply_inference_nonlin(part.float()))
+    return heads.numpy() if predictor.label_manager.has_regions else heads[1:].numpy()
 
 
 def predict_for_next_stage(

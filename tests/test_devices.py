@@ -52,3 +52,20 @@ def test_commands_refuse_a_device_that_is_not_there(command, tiny_dataset, monke
     assert main([name, *plans, *options, "--device", "abacus"]) == 1
     assert "Device 'abacus' is not available" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_mps_lacks_is_named_with_the_way_out(monkeypatch):
+    import nnunet_oneshot.devices as module
+
+    def lacks(volume):
+        raise NotImplementedError("The operator 'aten::_adaptive_avg_pool3d' is not currently implemented for MPS")
+
+    for name, run in module._OPERATIONS.items():
+        assert module._runs(run, torch.device("cpu")), name
+    original = module._runs
+    monkeypatch.setattr(module, "_runs", lambda run, device: original(run, torch.device("cpu")))
+    module.check_operations(torch.device("mps"))
+    monkeypatch.setitem(module._OPERATIONS, "adaptive_avg_pool3d", lacks)
+    with pytest.raises(OneShotError, match="adaptive_avg_pool3d. Set PYTORCH_ENABLE_MPS_FALLBACK=1"):
+        module.check_operations(torch.device("mps"))
+    module.check_operations(torch.device("cpu"))

@@ -31,6 +31,7 @@ from nnunet_oneshot.data.plans import check_plans
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.roles import CaseRoles, resolve_roles
 from nnunet_oneshot.data.splits import Fold
+from nnunet_oneshot.devices import check_operations
 from nnunet_oneshot.errors import INTERRUPTED, OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
 from nnunet_oneshot.locks import end_workers_with_this_process, ending_workers_at_once, free, take_or_refuse
@@ -98,6 +99,7 @@ class OneShotTrainer(CascadeTrainer):
         raise NotImplementedError
 
     def initialize(self) -> None:
+        check_operations(self.device)
         fold = self._fold()
         self.prepared.check_previous([*fold.train, *fold.validation])
         # With one scale nnU-Net's weights of deep supervision are 0 / 0, and the loss is not a number.

@@ -263,7 +263,8 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         settings = self.config.distillation
         if not settings.posterior_strength or not from_real.any():
             return target
-        chosen = from_real.to(self.device)
+        # As numbers: a mask's size would have to be fetched from a GPU at every use.
+        chosen = from_real.nonzero()[:, 0].to(self.device)
         with torch.no_grad():
             levels = target if isinstance(target, list) else [target]
             corrected = posterior_target(
@@ -327,9 +328,10 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
                 reconstruction, _ = self.distiller.reconstruct(real)
             self._scaled(reconstruction).backward()
             self._step((self.distiller, self.teacher_optimizer))
-            losses.append(reconstruction.item())
-        last = losses[-self.num_iterations_per_epoch :]
-        self.print_to_log_file(f"Its reconstruction: {losses[0]:.4f} at first, {np.mean(last):.4f} at last.")
+            losses.append(reconstruction.detach())
+        found = torch.stack(losses).tolist()
+        last = found[-self.num_iterations_per_epoch :]
+        self.print_to_log_file(f"Its reconstruction: {found[0]:.4f} at first, {np.mean(last):.4f} at last.")
         # The student begins with the patches that it would have begun with.
         self._renew_loaders()
 

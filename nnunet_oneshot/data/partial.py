@@ -9,7 +9,7 @@ structure that was looked for and is truly absent, such as a resected kidney, is
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ def require_every_label(content: Mapping[str, Any], atlases: Sequence[str], fold
 
 
 def averaged_probabilities(
-    found: Mapping[str, np.ndarray], labels: Sequence[int], hidden: Mapping[str, Sequence[int]]
+    found: Iterable[tuple[str, np.ndarray]], labels: Sequence[int], hidden: Mapping[str, Sequence[int]]
 ) -> np.ndarray:
     """The mean of label probabilities that several atlases carry to a case.
 
@@ -93,21 +93,27 @@ def averaged_probabilities(
     that show it, and the background is what the labels leave.
 
     Args:
-        found: Atlas to probabilities (len(labels), X, Y, Z), 0 to 1.
+        found: Atlases and their probabilities (len(labels), X, Y, Z), 0 to 1; at least one. The first is overwritten.
         labels: Values in the order of the first axis, 0 first.
         hidden: Atlas to the labels that it does not show.
 
     Returns:
         (len(labels), X, Y, Z); 0 for a label that no atlas shows.
     """
-    if not any(hidden.get(atlas) for atlas in found):
-        return np.mean(list(found.values()), axis=0)
-    result = np.zeros_like(next(iter(found.values())))
-    for index, label in enumerate(labels[1:], start=1):
-        shown = [probabilities[index] for atlas, probabilities in found.items() if label not in hidden.get(atlas, ())]
-        if shown:
-            result[index] = np.mean(shown, axis=0)
-    result[0] = np.maximum(1 - result[1:].sum(axis=0), 0)
+    iterator = iter(found)
+    atlas, result = next(iterator)
+    shown = np.array([label not in hidden.get(atlas, ()) for label in labels])
+    result[~shown] = 0
+    counts = shown.astype(int)
+    for atlas, probabilities in iterator:
+        for index, label in enumerate(labels):
+            if label not in hidden.get(atlas, ()):
+                result[index] += probabilities[index]
+                counts[index] += 1
+    for index, count in enumerate(counts.tolist()):
+        result[index] /= max(count, 1)
+    if counts.min() < counts.max():
+        result[0] = np.maximum(1 - result[1:].sum(axis=0), 0)
     return result
 
 

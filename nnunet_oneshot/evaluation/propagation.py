@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from nnunet_oneshot.data.verify import check_images, declared_labels, detail_of
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS, MethodOptions
-from nnunet_oneshot.io import load_json_checked, save_json_atomic, writing
+from nnunet_oneshot.io import load_json_checked, save_json_atomic, temporary_folder, writing
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
 from nnunet_oneshot.registration.files.register_pair import quality_warnings
@@ -244,7 +243,8 @@ class Propagator:
         """Writes the segmentation of one preprocessed image (C, X, Y, Z) in its original grid."""
         from nnunetv2.inference.export_prediction import export_prediction_from_logits
 
-        found = {atlas: self._probabilities(atlas, case, image, properties) for atlas in self.atlases}
+        # One after the other: of many labels of a large image, each takes gigabytes.
+        found = ((atlas, self._probabilities(atlas, case, image, properties)) for atlas in self.atlases)
         probabilities = averaged_probabilities(found, self.labels, self.prepared.hidden_labels)
         if self.fused is not None:
             probabilities = self._fused(self.fused, case, probabilities, image)
@@ -252,17 +252,17 @@ class Propagator:
             probabilities = self._corrected(probabilities, image)
         logits = probabilities_to_logits(probabilities, self.labels, self.prepared.label_manager)
         source = next(iter(self.files.get(case, ())), None)
-        with writing(out), tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as folder:
+        with writing(out), temporary_folder(out, case) as folder:
             export_prediction_from_logits(
                 torch.from_numpy(logits),
                 properties,
                 self.prepared.configuration_manager,
                 self.prepared.plans_manager,
                 self.prepared.dataset_json,
-                str(Path(folder) / case),
+                str(folder / case),
                 num_threads_torch=torch.get_num_threads(),
             )
-            for file in sorted(Path(folder).iterdir()):
+            for file in sorted(folder.iterdir()):
                 carry_geometry(source, file)
                 os.replace(file, out / file.name)
 
@@ -392,7 +392,7 @@ def probabilities_to_logits(probabilities: np.ndarray, labels: Sequence[int], la
         the probability of any of their labels minus 0.5: positive where the region is more likely than not.
     """
     if not label_manager.has_regions:
-        return probabilities.astype(np.float32)
+        return probabilities.astype(np.float32, copy=False)
     places = {label: index for index, label in enumerate(labels)}
     regions = [np.atleast_1d(region) for region in label_manager.foreground_regions]
     heads = [probabilities[[places[int(label)] for label in region]].sum(axis=0) for region in regions]
@@ -426,7 +426,7 @@ def score_folder(prepared: PreparedDataset, folder: Path, cases: Sequence[str]) 
     manager = prepared.label_manager
     ending = prepared.file_ending
     target = folder / "summary.json"
-    with writing(folder), tempfile.TemporaryDirectory(prefix=".scored-", dir=folder) as temporary:
+    with writing(folder), temporary_folder(folder, "scored") as temporary:
         scored, references = Path(temporary) / "scored", Path(temporary) / "references"
         # nnU-Net scores every file of a folder, and validation cases without a label have none to be scored against.
         for case in cases:

@@ -61,7 +61,7 @@ class SegmentingGuide(ABC):
             image: (C, X, Y, Z), preprocessed, as `PreparedDataset.network_input` gives it.
 
         Returns:
-            (K, X, Y, Z) float32.
+            (K, X, Y, Z) float16.
         """
 
     def atlas_maps(self, segmentation: np.ndarray) -> np.ndarray:

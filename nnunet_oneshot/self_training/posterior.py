@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ _OUTER_SHARE = 0.005
 _FLOOR = 1e-3
 _CANDIDATES = 4
 _CELL = 4
+# Values of all labels at the voxels of a band that are compared at a time.
+_VALUES = 2**25
 _SURROUNDINGS = 8.0
 _WHOLE_SHARE = 0.2
 
@@ -150,8 +152,7 @@ def _solved(image: Tensor, labels: Tensor, *, blur: float, strength: float) -> _
     if len(present) < 2:
         return None
     band = _dilated(labels != 0).flatten().nonzero()[:, 0]
-    possible = _blurred_indicators(labels, present, blur).flatten(1).index_select(1, band)
-    prior, candidates = _largest(possible, min(_CANDIDATES, len(present)))
+    prior, candidates = _most_probable(labels, present, band, blur)
     bins = [_binned(channel[band]) for channel in _gaussian(image, _IMAGE_SMOOTHING).flatten(1)]
     cells, grid = _cells(band, labels.shape)
     background = candidates == (present == 0).nonzero()[0] if bool((present == 0).any()) else None
@@ -182,11 +183,11 @@ def _dilated(mask: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """The largest of (L, N) values in each column and their rows, (number, N) each, in descending order.
+    """The largest of (L, N) values in each column and their rows, (number, N) each, in descending order; of equal ones
+    the first row. The values are overwritten.
 
     Only few labels are possible at any one voxel, so ``number`` is small; ``topk`` is several times slower.
     """
-    values = values.clone()
     found = []
     for _ in range(number):
         largest = values.max(0, keepdim=True)
@@ -195,17 +196,45 @@ def _largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
-def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Tensor:
-    """Each label's indicator, blurred: (L, *spatial); computed in the box around the label."""
-    result = torch.zeros((len(present), *labels.shape), device=labels.device)
+def _most_probable(labels: Tensor, present: Tensor, band: Tensor, blur: float) -> tuple[Tensor, Tensor]:
+    """The largest of the labels' blurred indicators at each voxel of the band and their labels' numbers in ``present``.
+
+    Of many labels not all are in memory at a time: those that were the largest so far compete with the next ones.
+
+    Returns:
+        (number, N) each, in descending order; number is `_CANDIDATES`, or that of the labels.
+    """
+    number = min(_CANDIDATES, len(present))
+    together = min(len(present), max(number, _VALUES // len(band)))
+    values = torch.empty((number + together, len(band)), device=labels.device)
+    best, chosen = values[:0], torch.empty((0, len(band)), dtype=torch.long, device=labels.device)
+    rows = 0
+    for index, indicator in enumerate(_blurred_indicators(labels, present, blur)):
+        torch.index_select(indicator.flatten(), 0, band, out=values[len(best) + rows])
+        rows += 1
+        if rows == together or index == len(present) - 1:
+            known = len(best)
+            best, places = _largest(values[: known + rows], min(number, known + rows))
+            new = places - known + index + 1 - rows
+            old = chosen.gather(0, places.clamp_max(known - 1)) if known else new
+            chosen = torch.where(places < known, old, new)
+            values[: len(best)] = best
+            rows = 0
+    return best, chosen
+
+
+def _blurred_indicators(labels: Tensor, present: Tensor, blur: float) -> Iterator[Tensor]:
+    """Each label's indicator, blurred: (*spatial), overwritten by the next; computed in the box around the label."""
+    result = torch.zeros(labels.shape, device=labels.device)
     radius = math.ceil(3 * blur)
     places = torch.searchsorted(present.long(), labels.long())
     lowest, highest = _extents(places, len(present))
     deviations = _voxels_by_faces(places, len(present)).clamp_max(blur).masked_fill(present == 0, blur).tolist()
     for index, (label, low, high) in enumerate(zip(present, lowest.tolist(), highest.tolist(), strict=True)):
         box = tuple(slice(max(0, start - radius), stop + radius + 1) for start, stop in zip(low, high, strict=True))
-        result[index][box] = _gaussian((labels[box] == label).float()[None], deviations[index])[0]
-    return result
+        result[box] = _gaussian((labels[box] == label).float()[None], deviations[index])[0]
+        yield result
+        result[box] = 0
 
 
 def _voxels_by_faces(labels: Tensor, number: int) -> Tensor:

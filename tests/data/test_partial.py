@@ -62,13 +62,18 @@ def test_background_of_a_partly_labelled_atlas_does_not_vote_against_what_it_hid
     first = np.array([[0.2, 1, 1], [0.8, 0, 0], [0, 0, 0]])
     second = np.array([[1, 0.3, 1], [0, 0, 0], [0, 0.7, 0]])
     found = {"a": first, "b": second}
-    assert np.array_equal(averaged_probabilities(found, [0, 1, 2], {}), (first + second) / 2)
-    shown = averaged_probabilities(found, [0, 1, 2], {"a": (2,), "b": (1,)})
+
+    def averaged(found, hidden):
+        # The first is overwritten.
+        return averaged_probabilities([(name, values.copy()) for name, values in found.items()], [0, 1, 2], hidden)
+
+    assert np.array_equal(averaged(found, {}), (first + second) / 2)
+    shown = averaged(found, {"a": (2,), "b": (1,)})
     assert np.allclose(shown, [[0.2, 0.3, 1], [0.8, 0, 0], [0, 0.7, 0]])
     # A label that no atlas shows is carried nowhere.
-    assert np.allclose(averaged_probabilities({"a": first}, [0, 1, 2], {"a": (2,)}), first)
+    assert np.allclose(averaged({"a": first}, {"a": (2,)}), first)
     # An atlas that shows all counts for all.
-    both = averaged_probabilities({**found, "c": second}, [0, 1, 2], {"a": (2,), "b": (1,)})
+    both = averaged({**found, "c": second}, {"a": (2,), "b": (1,)})
     assert np.allclose(both[1:], [[0.4, 0, 0], [0, 0.7, 0]])
 
 

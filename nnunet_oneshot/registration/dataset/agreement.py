@@ -83,7 +83,7 @@ def agreement_with_registration(
         )
     config, place, fold = OneShotConfig.from_plans(prepared.plans), usable_device(run.device), prepared.fold(run.fold)
     student = Student(run.folder, prepared, fold=fold.number, device=place, what="student")
-    choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order)
+    choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order, kept=prepared.kept)
     registrar = DatasetRegistrar(prepared, config, choice.atlases, place, log, num_processes=num_processes)
     registrations = registrar.register(cases, fold=fold.number)
     labels = [int(label) for label in prepared.label_manager.all_labels]
@@ -92,10 +92,10 @@ def agreement_with_registration(
     for case in cases:
         image = prepared.image(case)
         carried = averaged_probabilities(
-            {
-                atlas: warp_label_probabilities(registrations.load(atlas, case), segmentation, labels)
+            [
+                (atlas, warp_label_probabilities(registrations.load(atlas, case), segmentation, labels))
                 for atlas, segmentation in segmentations.items()
-            },
+            ],
             labels,
             prepared.hidden_labels,
         )

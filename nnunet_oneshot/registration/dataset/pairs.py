@@ -136,7 +136,8 @@ class PairWork:
         with telling_pairs(batch):
             registrar, guide = self.registrar(batch[0].atlas), None
             if self.guide is not None:
-                probabilities = [self.guide.probabilities(self.prepared.network_input(pair.case)) for pair in batch]
+                # One after the other: of many labels of a large image, they take gigabytes.
+                probabilities = (self.guide.probabilities(self.prepared.network_input(pair.case)) for pair in batch)
                 maps = self.guide.atlas_maps(self._volumes(registrar.name)[1])
                 guide = registrar.guide(maps, probabilities, aligned, self.guide.trust)
             names = [pair.case for pair in batch]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import prod
 
 import numpy as np
@@ -136,7 +137,7 @@ def register_affine(
     if min(*fixed.shape[1:], *moving.shape[1:]) < _SHORTEST_AXIS:
         return unchanged
     maps, losses = _descended(stages[0], maps, _STAGES[0][1])
-    kept = _distinct(maps, losses, stages[0])[:_KEPT]
+    kept = _distinct(maps, losses.tolist(), stages[0])[:_KEPT]
     if not kept:
         return unchanged
     maps, losses = _descended(stages[1], maps[kept], _STAGES[1][1])
@@ -146,15 +147,16 @@ def register_affine(
         more, more_losses = _descended(stages[1], probes, _STAGES[1][1])
         maps, losses = torch.cat([maps, more]), torch.cat([losses, more_losses])
         names += ["shift"] * len(probes)
-    order = _distinct(maps, losses, stages[1])
-    if not order or not float(losses[order[0]]) < before:
+    found = losses.tolist()
+    order = _distinct(maps, found, stages[1])
+    if not order or not found[order[0]] < before:
         return unchanged
     best = order[0]
     finest, loss = _descended(stages[2], maps[best : best + 1], _STAGES[2][1], step=_STEP / 2)
     chosen = finest[0] if torch.isfinite(loss[0]) else maps[best]
-    near = [index for index in order[1:] if float(losses[index] - losses[best]) < _NEAR]
+    near = [index for index in order[1:] if found[index] - found[best] < _NEAR]
     rivals = tuple(frames.in_voxels(maps[index]) for index in near)
-    return AffineResult(frames.in_voxels(chosen), names[best], before, float(losses[best]), rivals)
+    return AffineResult(frames.in_voxels(chosen), names[best], before, found[best], rivals)
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ def _starts(
         shifted = centred.copy()
         shifted[:-1, -1] = shifted[:-1, longest] * share * frames.extents[longest]
         found.append(("shift", shifted))
-    maps = torch.from_numpy(np.stack([matrix for _, matrix in found])).to(fixed)
+    # In float32 before it goes there: MPS has no float64.
+    maps = torch.from_numpy(np.stack([matrix for _, matrix in found])).float().to(fixed.device)
     return [name for name, _ in found], maps
 
 
@@ -305,8 +308,7 @@ def _descended(stage: _Stage, maps: Tensor, iterations: int, *, step: float = _S
     with torch.no_grad():
         found = _moved(maps, linear, edge * shift)
         losses = stage.objective(found)
-    plausible = torch.tensor([_is_plausible(matrix[:dim, :dim]) for matrix in found], device=maps.device)
-    return found, torch.where(plausible & torch.isfinite(losses), losses, torch.inf)
+    return found, torch.where(_are_plausible(found[:, :dim, :dim]) & torch.isfinite(losses), losses, torch.inf)
 
 
 @torch.no_grad()
@@ -334,14 +336,17 @@ def _moved(maps: Tensor, linear: Tensor, shift: Tensor) -> Tensor:
     return torch.cat([upper, maps[:, dim:]], dim=1)
 
 
-def _distinct(maps: Tensor, losses: Tensor, stage: _Stage) -> list[int]:
+def _distinct(maps: Tensor, losses: Sequence[float], stage: _Stage) -> list[int]:
     """Maps that lead to different places, best first; those with an infinite objective are left out."""
     far = SAME_MAP * max(np.multiply(stage.shape, stage.spacing))
+    finite = [int(index) for index in np.argsort(losses, kind="stable") if np.isfinite(losses[index])]
+    pairs = list(combinations(finite, 2))
+    # Fetched from the device at once.
+    found = torch.stack([_distance(maps[a], maps[b], stage.places) for a, b in pairs]).tolist() if pairs else []
+    apart = dict(zip(pairs, found, strict=True))
     chosen: list[int] = []
-    for index in losses.argsort().tolist():
-        if torch.isfinite(losses[index]) and all(
-            float(_distance(maps[index], maps[other], stage.places)) > far for other in chosen
-        ):
+    for index in finite:
+        if all(apart[other, index] > far for other in chosen):
             chosen.append(index)
     return chosen
 
@@ -352,9 +357,8 @@ def _distance(first: Tensor, second: Tensor, places: Tensor) -> Tensor:
     return (difference[:-1, :-1] @ places + difference[:-1, -1:]).norm(dim=0).mean()
 
 
-def _is_plausible(linear: Tensor) -> bool:
-    """Whether a linear map between mm is finite and stretches no direction too much."""
-    if not bool(torch.isfinite(linear).all()):
-        return False
-    stretches = torch.linalg.svdvals(linear)
-    return bool(stretches[0] <= _LARGEST_STRETCH and stretches[-1] >= 1 / _LARGEST_STRETCH)
+def _are_plausible(linear: Tensor) -> Tensor:
+    """Whether linear maps between mm (K, D, D) are finite and stretch no direction too much, (K,)."""
+    finite = torch.isfinite(linear).all(2).all(1)
+    stretches = torch.linalg.svdvals(torch.where(finite[:, None, None], linear, torch.zeros_like(linear)))
+    return finite & (stretches[:, 0] <= _LARGEST_STRETCH) & (stretches[:, -1] >= 1 / _LARGEST_STRETCH)

@@ -144,6 +144,7 @@ class _Descent:
         self._level = level
         self._parameter = start.detach().clone().requires_grad_(True)
         self._optimizer = torch.optim.Adam([self._parameter], lr=level.step_size)
+        self._has_zeros = True
 
     @property
     def velocity(self) -> Tensor:
@@ -161,8 +162,12 @@ class _Descent:
         A linear interpolation has one slope to each side of a voxel's centre. With only one of them, the result would
         depend on the direction in which the axes of the volume are stored.
         """
+        # Asked no more once none is: each answer has to be fetched from the device.
+        if not self._has_zeros:
+            return self._level.loss(self._parameter)
         zero = ~self.velocity.flatten(1).any(1)
-        if not zero.any():
+        self._has_zeros = bool(zero.any())
+        if not self._has_zeros:
             return self._level.loss(self._parameter)
         beside = _BESIDE * zero.to(self._parameter.dtype).view(-1, *[1] * (self._parameter.ndim - 1))
         return (self._level.loss(self._parameter + beside) + self._level.loss(self._parameter - beside)) / 2

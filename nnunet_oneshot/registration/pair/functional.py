@@ -22,6 +22,14 @@ from torch.nn import functional as F
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
+@lru_cache(maxsize=256)
+def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Few numbers on a device, which are copied there once: each copy would interrupt the GPU. Not to be changed."""
+    # Also for those who ask next and want gradients.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
 def identity_grid(shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
     """Voxel coordinates of every voxel, (D, *shape) float32."""
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
@@ -41,7 +49,7 @@ def sample_at(volume: Tensor, coordinates: Tensor, *, mode: str = "bilinear", pa
         (B, C, *out).
     """
     dim = coordinates.shape[1]
-    sizes = torch.tensor(volume.shape[2:], dtype=coordinates.dtype, device=coordinates.device)
+    sizes = constants(tuple(volume.shape[2:]), coordinates.dtype, coordinates.device)
     scale = (2.0 / sizes).view(1, dim, *[1] * dim)
     normalised = (coordinates + 0.5) * scale - 1.0
     grid = normalised.flip(1).movedim(1, -1)
@@ -101,8 +109,8 @@ def _area_weights(size: int, target: int) -> Tensor:
 def scale_vectors(field: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
     """Converts vectors (B, D, *any) from voxels of a grid of shape ``source`` to voxels of a grid of shape ``target``
     over the same field of view."""
-    factors = [t / s for s, t in zip(source, target, strict=True)]
-    return field * torch.tensor(factors, dtype=field.dtype, device=field.device).view(1, -1, *[1] * (field.ndim - 2))
+    factors = tuple(t / s for s, t in zip(source, target, strict=True))
+    return field * constants(factors, field.dtype, field.device).view(1, -1, *[1] * (field.ndim - 2))
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
@@ -300,7 +308,7 @@ def diffusion_energy(velocity: Tensor, spacing: Sequence[float]) -> Tensor:
         (B,): mean over voxels of the sum over components i and axes j of (d v_i [mm] / d x_j [mm])^2.
     """
     dim = velocity.shape[1]
-    edges = torch.tensor(list(spacing), dtype=velocity.dtype, device=velocity.device).view(1, dim, *[1] * dim)
+    edges = constants(tuple(spacing), velocity.dtype, velocity.device).view(1, dim, *[1] * dim)
     energy = velocity.new_zeros(len(velocity))
     for axis in range(dim):
         difference = torch.diff(velocity, dim=2 + axis) * edges / float(spacing[axis])
@@ -325,6 +333,8 @@ def contrastive_loss(atlas_features: Tensor, case_features: Tensor, *, temperatu
     case_features = F.normalize(case_features.float(), dim=1)
     positive = (atlas_features * case_features).sum(1, keepdim=True)
     negatives = case_features @ case_features.T
-    others = ~torch.eye(len(negatives), dtype=torch.bool, device=negatives.device)
-    logits = torch.cat([positive, negatives[others].reshape(len(negatives), -1)], dim=1) / temperature
+    size = len(negatives)
+    # What is not on the diagonal, as rows: without its first element, the diagonal is every size + 1-th.
+    others = negatives.flatten()[1:].view(size - 1, size + 1)[:, :-1].reshape(size, size - 1)
+    logits = torch.cat([positive, others], dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))

@@ -142,8 +142,8 @@ def fit_network(
         torch.nn.utils.clip_grad_norm_(network.parameters(), 12)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss.detach()))
-    return losses
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
 
 
 def coarse_velocity(velocity: Tensor, config: RegistrationConfig) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -174,8 +174,8 @@ class AtlasRegistrar:
         ]
         guides = [self.guide(atlas_maps, [probabilities], [candidate], trust) for candidate in candidates]
         still = torch.zeros((1, len(self.grid.shape), *self.grid.shape), device=self.device)
-        agreement = [float((guide.say * guide.dice_on(self.grid.shape)(still)[0]).sum()) for guide in guides]
-        return candidates[int(np.argmax(agreement))]
+        agreement = torch.stack([(guide.say * guide.dice_on(self.grid.shape)(still)[0]).sum() for guide in guides])
+        return candidates[int(agreement.argmax())]
 
     def _aligned(self, image: np.ndarray, affine: np.ndarray, start: str, margin: float, started: float) -> Aligned:
         fixed, mask = self.grid.fixed_image(image, affine)
@@ -216,7 +216,7 @@ class AtlasRegistrar:
     def guide(
         self,
         atlas_maps: np.ndarray,
-        probabilities: Sequence[np.ndarray],
+        probabilities: Iterable[np.ndarray],
         aligned: Sequence[Aligned],
         trust: np.ndarray | None = None,
     ) -> LabelGuide:
@@ -224,7 +224,7 @@ class AtlasRegistrar:
 
         Args:
             atlas_maps: (K + 1, X, Y, Z) masks of the atlas's labels, then of the voxels that are not ignored.
-            probabilities: (K, U, V, W) of each case.
+            probabilities: (K, U, V, W) of each case, asked for one after the other.
             aligned: Results of `align`, in the same order.
             trust: Upper limit of each label's weight, (K,), 0 to 1; None is 1 for all.
         """
@@ -333,7 +333,9 @@ class AtlasRegistrar:
         if self._foreground is not None:
             labels = warp(self._foreground.expand(len(fixed), -1, *self.grid.shape), displacement)
             figures["similarity_at_labels"] = masked_mean(after, mask * _around(labels))
-        return [{name: round(float(values[i]), 6) for name, values in figures.items()} for i in range(len(fixed))]
+        # Fetched from the device at once.
+        values = torch.stack(list(figures.values()), dim=1).tolist()
+        return [{name: round(v, 6) for name, v in zip(figures, own, strict=True)} for own in values]
 
     def _guide_quality(self, velocity: Tensor, guide: LabelGuide) -> list[dict]:
         displacement = integrate_on(velocity, self.grid.shape, steps=_QUALITY_STEPS)

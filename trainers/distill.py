@@ -117,6 +117,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
         cases, folder = self._round_cases, join(self.output_folder, FOLDER)
         guided = self.registrar.register_again(cases, first=registrations, guide=student, folder=folder)
         pairs = [(atlas, case) for atlas in self.roles.atlases for case in cases if atlas != case]
+        pairs = [pair for pair in pairs if pair not in self.rejected]
         chosen = kept_of(registrations, guided, pairs)
         self._guides = bool(chosen.kept)
         ended = "" if self._guides else " There is no further round."
@@ -131,10 +132,10 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
     @property
     def _round_cases(self) -> list[str]:
         """The unlabelled cases that rounds register again, the same in all of them."""
-        cases = self.roles.unlabelled
+        cases = self.usable(self.roles.unlabelled)
         wanted = self.config.distillation.round_cases
         if len(cases) <= wanted:
-            return list(cases)
+            return cases
         drawn = np.random.default_rng(self.config.seed).choice(len(cases), wanted, replace=False)
         return [cases[number] for number in sorted(drawn)]
 

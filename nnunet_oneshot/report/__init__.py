@@ -1,1 +1,1 @@
-"""One self-contained page about a dataset's registrations and training; its parts serve the demonstration's page too."""
+"""One self-contained page about a dataset's registrations and training; parts of it serve the demonstration's page."""

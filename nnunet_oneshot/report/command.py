@@ -150,6 +150,7 @@ def _content(subject: _Subject, ratings: Sequence[Rating]) -> dict[str, Any]:
         "label_names": _ordered_names(prepared),
         "gallery": gallery,
         "notes": notes,
+        "channels": prepared.num_channels,
         "plan": plan_rows(prepared),
         "settings": changed_settings(config, training),
         "seed": config.seed,
@@ -193,8 +194,8 @@ def _registration_entries(
         shown.append({"id": f"r{number}", "pair": pair, "thumbnail": thumbnail})
     if without:
         notes.append(
-            f"The {without} best registrations are shown without cuts, so that the page stays small: their pictures lie "
-            f"beside the registrations in {subject.cache.folder}."
+            f"The {without} best registrations are shown without cuts, so that the page stays small: their pictures "
+            f"lie beside the registrations in {subject.cache.folder}."
         )
     return shown, cuts, notes
 

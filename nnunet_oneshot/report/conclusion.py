@@ -65,7 +65,9 @@ def _registered(pairs: Sequence[Pair]) -> str:
         for name in ("similarity_before", "similarity_after")
     )
     counts = {name: sum(name in pair.flags for pair in pairs) for name in _WARNINGS}
-    found = [f"{number} {'is' if number == 1 else 'are'} {_WARNINGS[name]}" for name, number in counts.items() if number]
+    found = [
+        f"{number} {'is' if number == 1 else 'are'} {_WARNINGS[name]}" for name, number in counts.items() if number
+    ]
     bad = sum(pair.rating == "bad" for pair in pairs)
     if bad:
         found.append(f"{bad} {'is' if bad == 1 else 'are'} rated bad and left out of training")

@@ -86,6 +86,22 @@ def planes_through(
     return planes
 
 
+def upright(cut: np.ndarray, axes: np.ndarray, across: int = 0) -> np.ndarray:
+    """A slice (H, W) of an array across one of its axes, turned as the planes above are.
+
+    Args:
+        cut: The slice.
+        axes: Directions of the array's axes.
+        across: The axis that it is taken across.
+    """
+    permutation, flips = order_of(axes)
+    directions = [permutation.index(axis) for axis in range(3) if axis != across]
+    for place, direction in enumerate(directions):
+        if (direction in flips) != (direction == 0):
+            cut = np.flip(cut, place)
+    return cut if directions[0] < directions[1] else cut.T
+
+
 def _grid(axis: int, index: int, steps: dict[int, np.ndarray]) -> torch.Tensor:
     """Coordinates (3, 1, H, W); the first of the two axes of ``steps`` goes down, the second to the right."""
     (down, rows), (right, columns) = steps.items()

@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import product
 from math import isfinite
 
 import numpy as np
@@ -19,6 +20,7 @@ DASHES = ("", "12 6", "3 5", "14 5 3 5")
 SCALE = 4
 _FEW_POINTS = 6
 _QUALITIES = (75, 60, 45, 30, 15)
+_DIVISORS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,17 @@ def data_uri(picture: np.ndarray, *, most_bytes: int) -> str:
 
     Args:
         picture: The picture.
-        most_bytes: The quality is lowered until the file is this small, or can be no smaller.
+        most_bytes: The quality, and then the size, is lowered until the file is this small.
     """
     from PIL import Image, features
 
     kind = "webp" if features.check("webp") else "jpeg"
-    image = Image.fromarray(np.ascontiguousarray(picture))
+    image = Image.fromarray(np.ascontiguousarray(picture)).convert("RGB")
     content = b""
-    for quality in _QUALITIES:
+    for divisor, quality in product(_DIVISORS, _QUALITIES):
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, kind, quality=quality)
+        small = image if divisor == 1 else image.reduce(divisor)
+        small.save(buffer, kind, quality=quality)
         content = buffer.getvalue()
         if len(content) <= most_bytes:
             break

@@ -10,6 +10,7 @@ import numpy as np
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.registration.dataset.cache import RegistrationCache
+from nnunet_oneshot.report.cuts import upright
 from nnunet_oneshot.report.drawing import SCALE, data_uri, grey, outlines, window_of
 from nnunet_oneshot.seeding import seed_everything
 from nnunet_oneshot.synthesis.data_loader import PatchSettings, build_oneshot_loader
@@ -58,10 +59,14 @@ def patches(
     )
     seed_everything(config.seed)
     batch = loader.generate_train_batch()
+    drawn = zip(*(batch[name] for name in ("data", "real", "target", "keys", "atlases")), strict=True)
     return [
-        _shown(*(batch[name][k].numpy() for name in ("data", "real", "target")), labels)
-        | {"case": batch["keys"][k], "atlas": batch["atlases"][k]}
-        for k in range(len(batch["data"]))
+        {
+            **_shown(data.numpy(), real.numpy(), target.numpy(), prepared.axes(case), labels),
+            "case": case,
+            "atlas": atlas,
+        }
+        for data, real, target, case, atlas in drawn
     ]
 
 
@@ -75,12 +80,15 @@ def _plain_transforms(prepared: PreparedDataset) -> Any:
     )
 
 
-def _shown(data: np.ndarray, real: np.ndarray, target: np.ndarray, labels: Sequence[int]) -> dict[str, Any]:
-    """A patch (C, *patch) of two or three axes for the page, cut across its first axis."""
+def _shown(
+    data: np.ndarray, real: np.ndarray, target: np.ndarray, axes: np.ndarray, labels: Sequence[int]
+) -> dict[str, Any]:
+    """A patch (C, *patch) of two or three axes for the page, cut across its first axis; ``axes`` as of its case."""
     seg, images = target[0], [data[0], real[0]]
     if seg.ndim == 3:
         index = int((seg > 0).sum(axis=(1, 2)).argmax())
         seg, images = seg[index], [image[index] for image in images]
+    seg, *images = (upright(cut, axes) for cut in (seg, *images))
     addresses = [data_uri(grey(image, window_of(image)), most_bytes=_BYTES) for image in images]
     height, width = seg.shape
     return {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import save_text_atomic
@@ -27,7 +26,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         template: A file in ``templates``.
         content: Its variables.
     """
-    return _environment().get_template(template).render(content, mark=Markup(MARK))
+    return _environment().get_template(template).render(content, mark=MARK)
 
 
 def save_page(text: str, target: str | os.PathLike) -> None:

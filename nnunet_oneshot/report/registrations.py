@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -141,11 +142,9 @@ class CutMaker:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         pictures = self._draw(pair, values)
-        try:
+        # In a folder that cannot be written to, they are made each time.
+        with suppress(OneShotError):
             save_text_atomic(json.dumps({"made_of": made_of, "pictures": pictures}), path)
-        except OneShotError:
-            # In a folder that cannot be written to, they are made each time.
-            pass
         return pictures
 
     def _draw(self, pair: Pair, values: list[int]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -72,8 +71,9 @@ class Training:
     @property
     def seconds(self) -> float:
         """Time of all finished epochs."""
-        times = zip(self.logged.get("epoch_start_timestamps", ()), self.logged.get("epoch_end_timestamps", ()))
-        return float(sum(end - start for start, end in times))
+        starts, ends = (self.logged.get(f"epoch_{name}_timestamps", ()) for name in ("start", "end"))
+        # An epoch that was interrupted has no end.
+        return float(sum(end - start for start, end in zip(starts, ends, strict=False)))
 
 
 def read_training(folder: Path) -> Training | None:
@@ -110,15 +110,21 @@ def _read_logs(texts: Sequence[str]) -> tuple[dict[str, list[float | None]], lis
     terms: dict[int, tuple[float, ...]] = {}
     rounds: dict[int, Round] = {}
     for text in texts:
-        epoch = -1
+        epoch, asked = 0, None
         for line in text.splitlines():
             if found := _EPOCH.search(line):
                 epoch = int(found[1])
+                if asked is not None:
+                    rounds[epoch] = Round(epoch, *asked)
+                asked = None
             elif found := _HINT.search(line):
-                terms[max(epoch, 0)] = tuple(map(_number, found.groups()))
+                terms[epoch] = tuple(map(_number, found.groups()))
             elif found := _TRUST.search(line):
-                trust = tuple(float(value) for value in ast.literal_eval(found[1]))
-                rounds[epoch + 1] = Round(epoch + 1, trust, (int(found[2]), int(found[3])))
+                # Before the epoch that it is for.
+                asked = (
+                    tuple(_number(value) for value in found[1].strip("[]").split(",")),
+                    (int(found[2]), int(found[3])),
+                )
     names = ("hint", "hint weight", "reconstruction")
     epochs = range(max(terms) + 1) if terms else range(0)
     series = {name: [terms[e][k] if e in terms else None for e in epochs] for k, name in enumerate(names)}

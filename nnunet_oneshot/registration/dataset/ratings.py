@@ -5,13 +5,14 @@
     {"format": "nnunet_oneshot ratings", "version": 1, "dataset": "Dataset004_Hippocampus", "ratings": [
         {"registrations": "nnUNetOneShotPlans_3d_fullres", "atlas": "a", "case": "b", "rating": "bad", "key": "..."}]}
 
-The report's page exports such a file. ``registrations`` is a folder in ``oneshot_registrations``. ``key`` is that of the
-registration that was looked at: one that is made again in another way has not been rated. Without it a rating counts
-whatever the registration.
+The report's page exports such a file. ``registrations`` is a folder in ``oneshot_registrations``. ``key`` is that of
+the registration that was looked at: one that is made again in another way has not been rated. Without it a rating
+counts whatever the registration.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Rating:
         return self.registrations, self.atlas, self.case
 
 
-def read_ratings(path: str | Path, dataset: str) -> list[Rating]:
+def read_ratings(path: str | os.PathLike, dataset: str) -> list[Rating]:
     """Reads a file of ratings.
 
     Args:
@@ -80,7 +81,7 @@ def read_ratings(path: str | Path, dataset: str) -> list[Rating]:
     return [_rating(entry, path) for entry in entries]
 
 
-def keep_ratings(base: Path, file: str | Path) -> int:
+def keep_ratings(base: Path, file: str | os.PathLike) -> int:
     """Adds the ratings of an exported file to those of a dataset, where they replace earlier ones of the same pairs.
 
     Args:
@@ -131,7 +132,8 @@ def rejected_pairs(
         return frozenset()
     asked, name = set(pairs), folder_name(base, cache)
     mine = [r for r in ratings if r.rating == "bad" and r.registrations == name and (r.atlas, r.case) in asked]
-    rejected, outdated = [], []
+    rejected: list[Rating] = []
+    outdated: list[Rating] = []
     for rating in mine:
         record = cache.record(rating.atlas, rating.case)
         same = not rating.key or (record is not None and record["key"] == rating.key)
@@ -151,7 +153,7 @@ def rejected_pairs(
     return frozenset((rating.atlas, rating.case) for rating in rejected)
 
 
-def _rating(entry: Any, path: str | Path) -> Rating:
+def _rating(entry: Any, path: str | os.PathLike) -> Rating:
     fields = ("registrations", "atlas", "case", "rating")
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in fields):
         raise OneShotError(
@@ -163,4 +165,4 @@ def _rating(entry: Any, path: str | Path) -> Rating:
             f"{path} rates the registration to {listed([entry['case']])} {shown(entry['rating'])}: expected one of "
             f"{', '.join(RATINGS)}. Correct or remove it."
         )
-    return Rating(*(entry[name] for name in fields), key)
+    return Rating(entry["registrations"], entry["atlas"], entry["case"], entry["rating"], key)

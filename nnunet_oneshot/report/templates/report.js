@@ -3,15 +3,15 @@ const byId = (id) => document.getElementById(id);
 const setup = JSON.parse(byId("setup").textContent);
 const pairs = [...document.querySelectorAll(".pair")];
 const REGISTRATION_VIEWS = [
-  { name: "After: labels on the case", image: 0, contours: 0, other: 1 },
-  { name: "Before (affine alone): labels on the case", image: 0, contours: 1, other: 0 },
-  { name: "After: warped atlas", image: 1, contours: 0, other: 0 },
-  { name: "Before (affine alone): atlas", image: 2, contours: 1, other: 2 },
+  { short: "After", name: "case, labels after registration", image: 0, contours: 0, other: 1 },
+  { short: "Before", name: "case, labels before the deformation (affine alone)", image: 0, contours: 1, other: 0 },
+  { short: "Warped atlas", name: "atlas and labels after registration", image: 1, contours: 0, other: 0 },
+  { short: "Affine atlas", name: "atlas and labels before the deformation", image: 2, contours: 1, other: 2 },
 ];
 const PREDICTION_VIEWS = [
-  { name: "Prediction", image: 0, contours: 0, other: 1 },
-  { name: "Reference (read for scoring only)", image: 0, contours: 1, other: 0 },
-  { name: "Uncertainty (dark: certain)", image: 1, contours: 0, other: 0 },
+  { short: "Prediction", name: "prediction", image: 0, contours: 0, other: 1 },
+  { short: "Reference", name: "reference, read for scoring only", image: 0, contours: 1, other: 0 },
+  { short: "Uncertainty", name: "uncertainty, dark where certain, with the prediction", image: 1, contours: 0, other: 0 },
 ];
 
 /* Ratings: kept in the browser, newer ones of the dataset's file first. */
@@ -104,11 +104,14 @@ byId("filter").addEventListener("submit", (event) => event.preventDefault());
 /* The viewer. */
 const viewer = byId("viewer");
 let opened = null, views = [], chosen = 0, flipped = false, alone = null, pair = null, opener = null;
+/* A pointer that happens to lie where the cuts appear changes nothing until then. */
+let quiet = 0;
 function open(id, title) {
   const content = byId(`cuts-${id}`);
   pair = pairs.find((p) => p.id === id) || null;
   opened = content ? JSON.parse(content.textContent) : null;
   views = opened ? (pair ? REGISTRATION_VIEWS : PREDICTION_VIEWS).filter((v) => v.image < opened.images.length) : [];
+  quiet = Date.now() + 400;
   chosen = Math.min(chosen, Math.max(0, views.length - 1));
   flipped = false;
   byId("v-title").textContent = title;
@@ -116,8 +119,8 @@ function open(id, title) {
   group.replaceChildren(...views.map((view, number) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = `${view.name} (${number + 1})`;
-    button.addEventListener("click", () => { chosen = number; flipped = false; draw(); });
+    button.textContent = `${view.short} (${number + 1})`;
+    button.addEventListener("click", () => choose(number));
     return button;
   }));
   for (const name of ["v-previous", "v-next", "v-rating"]) byId(name).hidden = !pair;
@@ -173,6 +176,12 @@ function draw() {
     return figure;
   }));
 }
+function choose(number) {
+  chosen = number;
+  flipped = false;
+  quiet = Date.now() + 400;
+  draw();
+}
 function flip(on) {
   if (opened && flipped !== on) { flipped = on; draw(); }
 }
@@ -196,7 +205,7 @@ viewer.addEventListener("close", () => {
   if (target) target.focus();
 });
 const cuts = byId("v-cuts");
-cuts.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") flip(true); });
+cuts.addEventListener("pointermove", (event) => { if (event.pointerType === "mouse" && Date.now() > quiet) flip(true); });
 cuts.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") flip(false); });
 cuts.addEventListener("pointerup", (event) => { if (event.pointerType !== "mouse") flip(!flipped); });
 for (const button of byId("v-legend").querySelectorAll("button"))
@@ -216,7 +225,7 @@ viewer.addEventListener("keydown", (event) => {
   if (pair && key === "arrowright") go(1);
   else if (pair && key === "arrowleft") go(-1);
   else if (key === " " && event.target.tagName !== "BUTTON") flip(!flipped);
-  else if (/^[1-9]$/.test(key) && views[key - 1]) { chosen = key - 1; flipped = false; draw(); }
+  else if (/^[1-9]$/.test(key) && views[key - 1]) choose(key - 1);
   else if (pair && value) rate(pair, value);
   else return;
   event.preventDefault();

@@ -121,10 +121,8 @@ def _read_logs(texts: Sequence[str]) -> tuple[dict[str, list[float | None]], lis
                 terms[epoch] = tuple(map(_number, found.groups()))
             elif found := _TRUST.search(line):
                 # Before the epoch that it is for.
-                asked = (
-                    tuple(_number(value) for value in found[1].strip("[]").split(",")),
-                    (int(found[2]), int(found[3])),
-                )
+                trust = tuple(map(_number, found[1].strip("[]").split(",")))
+                asked = trust, (int(found[2]), int(found[3]))
     names = ("hint", "hint weight", "reconstruction")
     epochs = range(max(terms) + 1) if terms else range(0)
     series = {name: [terms[e][k] if e in terms else None for e in epochs] for k, name in enumerate(names)}

@@ -509,6 +509,42 @@ def _add_register_pair(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_register_pair)
 
 
+def _report(options: argparse.Namespace) -> None:
+    from nnunet_oneshot.report.command import report
+
+    _load_registries()
+    report(
+        dataset=options.d,
+        configuration=options.c,
+        plans_name=options.p,
+        fold=options.f,
+        trainer=options.tr,
+        out=options.o,
+        ratings=options.ratings,
+    )
+
+
+def _add_report(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="write a page about registrations and training of your own data",
+        description="Writes one HTML page that needs no network: all registrations of a fold with cuts, scores and "
+        "ratings, patches as training makes them and, after training, its curves, scores and predictions.",
+    )
+    _add_dataset(parser, configuration="3d_fullres")
+    add = parser.add_argument
+    add("-f", type=_fold, default="0", metavar="FOLD", help="the fold (default: 0)")
+    add(
+        "-tr",
+        default="OneShotDistillTrainer",
+        metavar="TRAINER",
+        help="whose training is shown, if there is one (default: %(default)s)",
+    )
+    add("-o", default="report.html", metavar="FILE", help="the page (default: ./report.html)")
+    add("--ratings", metavar="FILE", help="ratings that such a page exported, which are kept beside the plans first")
+    parser.set_defaults(run=_report)
+
+
 def _statistics(options: argparse.Namespace) -> None:
     from nnunet_oneshot.evaluation.volumes import write_statistics
 
@@ -631,6 +667,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_propagate(subparsers)
     _add_register(subparsers)
     _add_register_pair(subparsers)
+    _add_report(subparsers)
     _add_statistics(subparsers)
     _add_suggest_atlas(subparsers)
     _add_to_dicom(subparsers)

@@ -223,7 +223,7 @@ def _prepared(dataset: str, configuration: str | None, plans_name: str | None) -
     fold = prepared.fold(0)
     if config.atlases is None and not (prepared.base / ATLAS_FILE).is_file():
         return [*findings, Finding("note", "No atlas is chosen yet: registration, or training, chooses it.")], register
-    choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order)
+    choice = resolve_atlases(prepared.base, config, fold, prepared.image_in_common_order, kept=prepared.kept)
     findings.append(Finding("fine", f"Fold 0: atlas {', '.join(choice.atlases)} ({choice.how})"))
     registrar = DatasetRegistrar(prepared, config, choice.atlases, torch.device("cpu"))
     missing, pairs = registrar.outstanding(sorted({*fold.train, *fold.validation}), fold=fold.number)

@@ -71,6 +71,10 @@ def test_wheel_holds_packages_trainer_module_and_licence(distributions):
         assert f"{package.replace('.', '/')}/__init__.py" in names
     assert "nnunet_oneshot/ext_trainer/nnunet_oneshot_trainers.py" in names
     assert "nnunet_oneshot/py.typed" in names
+    templates = {
+        f"nnunet_oneshot/report/templates/{path.name}" for path in ROOT.glob("nnunet_oneshot/report/templates/*")
+    }
+    assert templates and templates <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     tops = {name.split("/")[0] for name in names}
     folders = ["nnunet_oneshot", "nnunet_oneshot-0.data", "nnunet_oneshot-0.dist-info"]

@@ -132,6 +132,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
             lambda: self.registrar.register_again(cases, first=registrations, guide=student, folder=folder)
         )
         pairs = [(atlas, case) for atlas in self.roles.atlases for case in cases if atlas != case]
+        pairs = [pair for pair in pairs if pair not in self.rejected]
         chosen = kept_of(registrations, guided, pairs)
         self._guides = bool(chosen.kept)
         self._guided_share = len(chosen.kept) / max(1, len(pairs))
@@ -147,10 +148,10 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
     @property
     def _round_cases(self) -> list[str]:
         """The unlabelled cases that rounds register again, the same in all of them."""
-        cases = self.roles.unlabelled
+        cases = self.usable(self.roles.unlabelled)
         wanted = self.config.distillation.round_cases
         if len(cases) <= wanted:
-            return list(cases)
+            return cases
         drawn = np.random.default_rng(self.config.seed).choice(len(cases), wanted, replace=False)
         return [cases[number] for number in sorted(drawn)]
 

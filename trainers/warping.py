@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunet_oneshot.data.parallel import default_processes
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registration.dataset.cache import GuidedRegistrations, RegistrationCache
+from nnunet_oneshot.registration.dataset.ratings import RATINGS_FILE, rejected_pairs
 from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
 from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader, PatchSettings, build_oneshot_loader
 from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
@@ -27,6 +28,8 @@ class WarpingTrainer(OneShotTrainer):
     """
 
     real_share: float
+    # Pairs (atlas, case) that are rated bad.
+    rejected: Collection[tuple[str, str]] = ()
 
     # With few foreground voxels and batches of two, nnU-Net's stochastic gradient descent often finds no foreground in
     # its first hundreds of iterations. The optimiser used here, that of nnUNetTrainerAdam1en3, finds it at once.
@@ -43,6 +46,7 @@ class WarpingTrainer(OneShotTrainer):
         self._check_guide()
         cases = sorted({*self.roles.unlabelled, *self.roles.progress})
         registrations = self.ranks.once(lambda: self.registrar.register(cases, fold=self.fold))
+        self._leave_out_rejected(registrations)
         settings = PatchSettings(
             batch_size=self.batch_size,
             initial_patch_size=self.configuration_manager.patch_size,
@@ -55,7 +59,7 @@ class WarpingTrainer(OneShotTrainer):
             masked=self.configuration_manager.use_mask_for_norm,
             coarseness=self.coarseness,
         )
-        build = partial(build_oneshot_loader, self.prepared, atlases=self.roles.atlases)
+        build = partial(build_oneshot_loader, self.prepared, atlases=self.roles.atlases, rejected=self.rejected)
         progress = build(registrations, cases=self.roles.progress, settings=settings, seed=seeds[1])
         training_registrations, real_cases = self.training_registrations(registrations, progress)
         settings = replace(
@@ -88,6 +92,11 @@ class WarpingTrainer(OneShotTrainer):
         """
         return registrations, None
 
+    def usable(self, cases: Sequence[str]) -> list[str]:
+        """Those of the cases to which the registration of an atlas is not rated bad."""
+        atlases = self.roles.atlases
+        return [case for case in cases if any(a != case and (a, case) not in self.rejected for a in atlases)]
+
     @property
     def registrar(self) -> DatasetRegistrar:
         """Registers the atlases of the fold."""
@@ -100,6 +109,29 @@ class WarpingTrainer(OneShotTrainer):
             # As many as make patches later, which do not run yet.
             num_processes=min(default_processes(), max(1, get_allowed_n_proc_DA())),
         )
+
+    def _leave_out_rejected(self, registrations: RegistrationCache) -> None:
+        """Finds what is rated bad, and other progress cases where none of those is left.
+
+        Raises:
+            OneShotError: No registration is left to train with.
+        """
+        cases = sorted({*self.roles.unlabelled, *self.roles.progress})
+        pairs = [(atlas, case) for atlas in self.roles.atlases for case in cases if atlas != case]
+        self.rejected = rejected_pairs(self.prepared.kept, registrations, pairs, self.print_to_log_file)
+        if not self.rejected:
+            return
+        unlabelled = self.usable(self.roles.unlabelled)
+        if not unlabelled:
+            raise OneShotError(
+                f"All {len(self.roles.unlabelled)} training cases of fold {self.fold} have registrations that are "
+                f"rated bad in {self.prepared.kept / RATINGS_FILE}, so that there is nothing to make patches from. "
+                f"Change ratings, register with other settings or another atlas, or delete the file."
+            )
+        if not self.usable(self.roles.progress):
+            self.print_to_log_file("No progress case is left: progress is watched on training cases.")
+            progress = tuple(unlabelled[: max(1, self.config.progress_cases)])
+            self._roles = replace(self.roles, progress=progress, held_out=False)
 
     def _check_guide(self) -> None:
         """Rejects a guide that this training would overwrite."""

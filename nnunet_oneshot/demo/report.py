@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import os
 import platform
 from collections.abc import Sequence
@@ -13,18 +12,11 @@ from pathlib import Path
 import nnunet_oneshot
 from nnunet_oneshot.evaluation.commands import CommandResult
 from nnunet_oneshot.io import Each, Shape, atomic_path, load_json_checked, save_json_atomic
+from nnunet_oneshot.report.page import render
 from nnunet_oneshot.tables import Markup, markdown_table, plain
 
 _SCORES: Shape = {"mean": Each({"Dice": object}), "metric_per_case": [{"metrics": Each({"Dice": object})}]}
 _METHODS = {"propagation": "label propagation", "student": "student"}
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #8886; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-img { max-width: 100%; background: white; } figure { margin: 1rem 0; } figcaption { font-size: .9rem; opacity: .8; }
-pre { overflow-x: auto; padding: .8rem; background: #8881; font-size: .85rem; }
-"""
 
 
 def write_report(
@@ -156,23 +148,16 @@ def _markdown(report: dict) -> str:
 
 
 def _page(report: dict, pictures: list[tuple[str, Path]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("label", *_METHODS.values()))
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in _rows(report))
-    times = "".join(
-        f"<tr><td><code>{html.escape(c['command'])}</code></td><td>{c['seconds']:.0f}</td></tr>"
-        for c in report["commands"]
-    )
-    figures = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{_encoded(path)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for caption, path in pictures
-    )
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>nnunet_oneshot demo</title><style>{_STYLE}</style><h1>One-shot segmentation of phantoms</h1>"
-        f"<p>One labelled phantom, and images of others without labels. {html.escape(_facts(report))}</p>"
-        f"<h2>Dice</h2><table><tr>{head}</tr>{body}</table>{figures}"
-        f"<h2>Commands</h2><table><tr><th>command</th><th>seconds</th></tr>{times}</table></html>\n"
+    return render(
+        "demo.html",
+        {
+            "title": "nnunet_oneshot demo",
+            "facts": _facts(report),
+            "head": ("label", *_METHODS.values()),
+            "rows": _rows(report),
+            "pictures": [(caption, _encoded(path)) for caption, path in pictures],
+            "commands": [(c["command"], f"{c['seconds']:.0f}") for c in report["commands"]],
+        },
     )
 
 

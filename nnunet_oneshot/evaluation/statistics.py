@@ -100,6 +100,14 @@ def _select(table: ScoreTable, atlases: Sequence[str | None], cases: Sequence[tu
     return table.values[np.ix_(rows, columns)] if rows and columns else np.zeros((0, 0))
 
 
+def mean_score(table: ScoreTable, *, resamples: int = 2000, seed: int = 0) -> Interval | None:
+    """Mean over atlases and cases with its interval; None where nothing was scored."""
+    if not np.isfinite(table.values).any():
+        return None
+    draws = [np.nanmean(sample) for sample in _resampled(table.values, resamples, seed)]
+    return _interval(float(np.nanmean(table.values)), draws)
+
+
 def mean_difference(first: ScoreTable, second: ScoreTable, *, resamples: int = 2000, seed: int = 0) -> Interval | None:
     """Mean of first minus second over common atlases and cases, with its interval; None where nothing is common."""
     a, b = paired(first, second)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty
@@ -254,6 +254,7 @@ def build_oneshot_loader(
     settings: PatchSettings,
     seed: int,
     real_cases: Sequence[str] | None = None,
+    rejected: Collection[tuple[str, str]] = (),
 ) -> OneShotDataLoader:
     """Loads atlases and registrations into memory and builds the loader.
 
@@ -267,6 +268,7 @@ def build_oneshot_loader(
         settings: Settings for the patches.
         seed: Seed of torch in the worker processes.
         real_cases: Those of the cases that are shown as they are; None are all. Pairs that are ambiguous are not.
+        rejected: Pairs (atlas, case) that no patch is made from.
     """
     loaded = {
         name: Atlas(
@@ -276,7 +278,7 @@ def build_oneshot_loader(
         )
         for name in atlases
     }
-    pairs = {(a, c): registrations.load(a, c) for a in atlases for c in cases if a != c}
+    pairs = {(a, c): registrations.load(a, c) for a in atlases for c in cases if a != c and (a, c) not in rejected}
     return OneShotDataLoader(
         ImagesOnly(str(prepared.folder), cases or atlases, prepared.previous),
         loaded,

@@ -9,6 +9,7 @@ import torch
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registration.dataset.cache import GuidedRegistrations
+from nnunet_oneshot.report.training import read_training
 
 NAME = "OneShotDistillTrainer_5epochs"
 
@@ -222,6 +223,10 @@ def test_student_guides_the_registrations_from_the_first_round_on(prepare, make_
         assert guide.digest != digest
         values = guide._predictor.list_of_parameters[0]
         assert all(torch.equal(values[name], value) for name, value in weights[epoch].items())
+    # The page about a training reads these sentences of the log.
+    shown = read_training(Path(trainer.output_folder))
+    assert [(r.epoch, r.trust, r.kept[0]) for r in shown.rounds] == [(2, (0.9, 0.0), 1), (4, (0.7, 0.8), 2)]
+    assert shown.is_finished and shown.epochs == 5 and np.isfinite(shown.terms["reconstruction"]).all()
 
 
 def test_a_round_that_improves_nothing_is_not_repeated(prepare, make_trainer, short, stubs, monkeypatch):

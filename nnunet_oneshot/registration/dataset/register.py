@@ -29,6 +29,7 @@ from nnunet_oneshot.registration.dataset.cluster import cluster_workers
 from nnunet_oneshot.registration.dataset.network_store import registration_topology, stored_network
 from nnunet_oneshot.registration.dataset.pairs import Pair, PairWork
 from nnunet_oneshot.registration.dataset.parts import Part
+from nnunet_oneshot.registration.dataset.ratings import rejected_pairs
 from nnunet_oneshot.registration.dataset.sources import axes_in, read_sources
 from nnunet_oneshot.registration.dataset.summary import write_summary
 from nnunet_oneshot.registration.dataset.workers import run_beside, run_by, run_here, run_in_processes
@@ -97,9 +98,8 @@ class DatasetRegistrar:
     def _pass(self, fold: int | str | None, figures: bool = True) -> _Pass:
         settings = self.config.registration
         guide = guided_by(settings, self.prepared, fold=fold, device=self.device)
-        folder = self.prepared.kept / FOLDER / self.prepared.folder.name
-        cache = RegistrationCache(folder if guide is None else guided_folder(folder, guide.digest))
-        return _Pass(self, self.config, cache, networks=folder, guide=guide, figures=figures)
+        networks = self.prepared.kept / FOLDER / self.prepared.folder.name
+        return _Pass(self, self.config, cache_of(self.prepared, guide), networks=networks, guide=guide, figures=figures)
 
     def register_again(
         self, cases: Sequence[str], *, first: RegistrationCache, guide: SegmentingGuide, folder: str | Path
@@ -122,6 +122,12 @@ class DatasetRegistrar:
         config = dataclasses.replace(self.config, registration=settings)
         cache = RegistrationCache(folder)
         return _Pass(self, config, cache, networks=cache.folder, guide=guide, first=first).run(cases)
+
+
+def cache_of(prepared: PreparedDataset, guide: SegmentingGuide | None) -> RegistrationCache:
+    """The registrations of a dataset, by images alone or with a guide."""
+    folder = prepared.kept / FOLDER / prepared.folder.name
+    return RegistrationCache(folder if guide is None else guided_folder(folder, guide.digest))
 
 
 def guided_folder(folder: Path, digest: str) -> Path:
@@ -242,9 +248,12 @@ class _Pass:
                     f"that ends last writes the tables of all."
                 )
                 return
+            pairs = [(atlas, case) for atlas, others in names.items() for case in others]
+            rejected = rejected_pairs(self.registrar.prepared.kept, self.cache, pairs, self.registrar.log)
             for atlas, others in names.items():
                 if others:
-                    self.registrar.log(f"The quality of all pairs is in {write_summary(self.cache, atlas, others)}.")
+                    path = write_summary(self.cache, atlas, others, rejected=rejected)
+                    self.registrar.log(f"The quality of all pairs is in {path}.")
 
     @property
     def _uses_network(self) -> bool:

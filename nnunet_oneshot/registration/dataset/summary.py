@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,9 @@ def summary_path(cache: RegistrationCache, atlas: str) -> Path:
     return cache.folder / f"quality_{atlas}.csv"
 
 
-def write_summary(cache: RegistrationCache, atlas: str, cases: Sequence[str]) -> Path:
+def write_summary(
+    cache: RegistrationCache, atlas: str, cases: Sequence[str], *, rejected: Collection[tuple[str, str]] = ()
+) -> Path:
     """Writes the quality figures of all registrations of an atlas as CSV, the worst first.
 
     A table that says the same already is left alone.
@@ -28,6 +30,7 @@ def write_summary(cache: RegistrationCache, atlas: str, cases: Sequence[str]) ->
         cache: Holds the registrations.
         atlas: The atlas.
         cases: The cases that it is registered to.
+        rejected: Pairs (atlas, case) that are rated bad.
 
     Returns:
         The table's path.
@@ -38,7 +41,9 @@ def write_summary(cache: RegistrationCache, atlas: str, cases: Sequence[str]) ->
     qualities = {case: cache.quality(atlas, case) for case in cases}
     nothing = np.zeros((3, 1, 1, 1), np.float32)
     weights = draw_weights([Registration(atlas, c, np.eye(4), nothing, (), (), q) for c, q in qualities.items()])
-    drawn = dict(zip(qualities, weights > 0, strict=True))
+    drawn = {
+        case: weight > 0 and (atlas, case) not in rejected for case, weight in zip(qualities, weights, strict=True)
+    }
     figures = sorted({name for quality in qualities.values() for name in quality})
     rows = [
         [case, "yes" if drawn[case] else "no", *(qualities[case].get(name, "") for name in figures)]

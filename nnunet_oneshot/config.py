@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.io import parse_json
 from nnunet_oneshot.registry import CHOSEN_BY_SETTING
 
 OVERRIDES_VARIABLE = "nnUNet_oneshot_overrides"
@@ -463,7 +462,9 @@ def environment_overrides() -> dict[str, Any]:
         return {}
     advice = f'set {OVERRIDES_VARIABLE} to a JSON object such as {{"seed": 1}}, or unset it.'
     try:
-        overrides = parse_json(text)
+        overrides = json.loads(text)
+    except RecursionError as error:
+        raise OneShotError(f"The environment variable {OVERRIDES_VARIABLE} is nested too deeply: {advice}") from error
     except ValueError as error:
         raise OneShotError(
             f"The environment variable {OVERRIDES_VARIABLE} is not valid JSON ({error}): {advice}"

@@ -31,6 +31,7 @@ TOP_LEVEL = {
     "planners",
     "pyproject.toml",
     "setup.cfg",
+    "mkdocs.yml",
     "setup.py",
     "tests",
     "trainers",

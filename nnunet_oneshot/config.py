@@ -215,6 +215,8 @@ class Version:
 _SHARE = Number(0, 1)
 _SHARE_RANGE = Range(_SHARE)
 _STEP_SIZE = Number(open_low=True)
+# Voxels; the time of smoothing grows with it.
+_SMOOTHING = Number(0, 1000)
 
 
 def setting(default: T, form: Form) -> T:
@@ -324,10 +326,10 @@ class SynthesisConfig:
     mix_range: tuple[float, float] = setting((0.0, 1.0), _SHARE_RANGE)
     p_random: float = setting(0.5, _SHARE)
     random_magnitude: float = setting(2.0, Number())
-    random_smoothness: float = setting(6.0, Number())
+    random_smoothness: float = setting(6.0, _SMOOTHING)
     p_appearance: float = setting(0.5, _SHARE)
     appearance_strength: tuple[float, float] = setting((0.0, 1.0), _SHARE_RANGE)
-    appearance_smoothness: float = setting(5.0, Number())
+    appearance_smoothness: float = setting(5.0, _SMOOTHING)
 
 
 @dataclass(frozen=True)

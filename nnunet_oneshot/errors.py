@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 _LONGEST_SHOWN = 120
+# Not every system knows a quota or a stale file of a network.
+_OF_THE_DISK = {
+    getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "ESTALE")
+}
+_OF_THE_DISK -= {None}
 _LONGEST_NAME, _LISTED = 400, 5
 
 
@@ -20,11 +26,21 @@ class OneShotError(RuntimeError):
 
 
 def exit_status(run: Callable[[], object]) -> int:
-    """Runs a command: 0, or 1 after an `OneShotError`, whose message goes to standard error."""
+    """Runs a command: 0, or 1 after an `OneShotError` or a disk's refusal, which is told on standard error."""
     try:
         run()
     except OneShotError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        place = error.filename or "a file"
+        print(
+            f"error: The disk refuses {place} ({error.strerror}): its folder must be there, be writable and have space "
+            f"left. What was finished is kept: mend it and give the same command again.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.io import parse_json
 from nnunet_oneshot.registry import CHOSEN_BY_SETTING
+from nnunet_oneshot.strict_json import parse_json
 
 OVERRIDES_VARIABLE = "nnUNet_oneshot_overrides"
 BLOCK = "oneshot"

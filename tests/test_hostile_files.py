@@ -33,13 +33,14 @@ from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.methods import parse_settings
 from nnunet_oneshot.evaluation.runs import claim_folder, finished_records, rows_of
 from nnunet_oneshot.inference import read_model
-from nnunet_oneshot.io import Each, Maybe, load_json_checked, parse_json
+from nnunet_oneshot.io import Each, Maybe, load_json_checked
 from nnunet_oneshot.planners import OneShotCPUPlanner
 from nnunet_oneshot.registration.dataset.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset.sources import axes_in, read_sources
 from nnunet_oneshot.registration.dataset.summary import write_summary
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.self_training.guide import Student
+from nnunet_oneshot.strict_json import parse_json
 from nnunet_oneshot.trainers.base import SETTINGS_FILE, OneShotTrainer
 
 DRAWN = int(os.environ.get("NNUNET_ONESHOT_EXAMPLES", 0)) or 120

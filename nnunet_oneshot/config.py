@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.registry import CHOSEN_BY_SETTING
+from nnunet_oneshot.strict_json import parse_json
 
 OVERRIDES_VARIABLE = "nnUNet_oneshot_overrides"
 BLOCK = "oneshot"
@@ -214,6 +215,8 @@ class Version:
 _SHARE = Number(0, 1)
 _SHARE_RANGE = Range(_SHARE)
 _STEP_SIZE = Number(open_low=True)
+# Voxels; the time of smoothing grows with it.
+_SMOOTHING = Number(0, 1000)
 
 
 def setting(default: T, form: Form) -> T:
@@ -323,10 +326,10 @@ class SynthesisConfig:
     mix_range: tuple[float, float] = setting((0.0, 1.0), _SHARE_RANGE)
     p_random: float = setting(0.5, _SHARE)
     random_magnitude: float = setting(2.0, Number())
-    random_smoothness: float = setting(6.0, Number())
+    random_smoothness: float = setting(6.0, _SMOOTHING)
     p_appearance: float = setting(0.5, _SHARE)
     appearance_strength: tuple[float, float] = setting((0.0, 1.0), _SHARE_RANGE)
-    appearance_smoothness: float = setting(5.0, Number())
+    appearance_smoothness: float = setting(5.0, _SMOOTHING)
 
 
 @dataclass(frozen=True)
@@ -462,9 +465,7 @@ def environment_overrides() -> dict[str, Any]:
         return {}
     advice = f'set {OVERRIDES_VARIABLE} to a JSON object such as {{"seed": 1}}, or unset it.'
     try:
-        overrides = json.loads(text)
-    except RecursionError as error:
-        raise OneShotError(f"The environment variable {OVERRIDES_VARIABLE} is nested too deeply: {advice}") from error
+        overrides = parse_json(text)
     except ValueError as error:
         raise OneShotError(
             f"The environment variable {OVERRIDES_VARIABLE} is not valid JSON ({error}): {advice}"

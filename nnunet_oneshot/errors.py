@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 _LONGEST_SHOWN = 120
+# Not every system knows a quota or a stale file of a network.
+_OF_THE_DISK = {
+    getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "ESTALE")
+}
+_OF_THE_DISK -= {None}
 _LONGEST_NAME, _LISTED = 400, 5
 # Exit status of what Ctrl-C ended, as shells have it.
 INTERRUPTED = 130
@@ -40,7 +46,7 @@ def exit_status(run: Callable[[], object], *, dataset: str | None = None) -> int
         dataset: The dataset that it is about, if it is about one.
 
     Returns:
-        0; 1 after an `OneShotError`; 130 after an interruption by Ctrl-C.
+        0; 1 after an `OneShotError` or a disk's refusal; 130 after an interruption by Ctrl-C.
     """
     try:
         run()
@@ -50,6 +56,16 @@ def exit_status(run: Callable[[], object], *, dataset: str | None = None) -> int
     except KeyboardInterrupt:
         print(_RESUME, file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        place = error.filename or "a file"
+        print(
+            f"error: The disk refuses {place} ({error.strerror}): its folder must be there, be writable and have space "
+            f"left. What was finished is kept: mend it and give the same command again.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

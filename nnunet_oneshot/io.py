@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from nnunet_oneshot.errors import NotReadyError, OneShotError, shown
+from nnunet_oneshot.strict_json import parse_json
 
 CACHE_VARIABLE = "nnUNet_oneshot_cache"
 # A folder of more entries than this is not searched for leftovers again before so many seconds have passed: else the
@@ -206,8 +207,6 @@ _KINDS: dict[type, str] = {
     int: "a whole number",
     float: "a number",
 }
-# Deeper than any file of ours or of nnU-Net, and than anybody's stack of calls is exhausted by.
-_DEEPEST = 50
 
 
 def load_json_checked(path: str | os.PathLike, what: str, shape: Shape) -> Any:
@@ -235,34 +234,6 @@ def load_json_checked(path: str | os.PathLike, what: str, shape: Shape) -> Any:
     if fault := _fault(content, shape, ""):
         raise OneShotError(f"{_sentence(what)} {path} {fault}: {remedy}")
     return content
-
-
-def parse_json(text: str) -> Any:
-    """The content of JSON, in which no object has an entry twice, and nothing is nested too deeply.
-
-    Raises:
-        ValueError: The text is no such JSON; a `json.JSONDecodeError` where it is none at all.
-    """
-    try:
-        content = json.loads(text, object_pairs_hook=_object)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    level = [content]
-    for _ in range(_DEEPEST):
-        inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
-        level = [one for container in inner for one in container]
-    if level:
-        raise ValueError("it is nested too deeply")
-    return content
-
-
-def _object(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(entries)
-    if len(found) < len(entries):
-        names = [name for name, _ in entries]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the entry {shown(twice)} more than once")
-    return found
 
 
 def _fault(value: Any, shape: Shape, place: str) -> str | None:

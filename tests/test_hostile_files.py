@@ -6,6 +6,7 @@ that reads it in use. ``NNUNET_ONESHOT_EXAMPLES`` sets how many ways are drawn f
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -28,17 +29,18 @@ from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.data.raw import RawDataset
 from nnunet_oneshot.data.roles import resolve_roles
 from nnunet_oneshot.distillation.teacher_file import load_teacher, save_teacher
-from nnunet_oneshot.errors import OneShotError
+from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.methods import parse_settings
 from nnunet_oneshot.evaluation.runs import claim_folder, finished_records, rows_of
 from nnunet_oneshot.inference import read_model
-from nnunet_oneshot.io import Each, Maybe, load_json_checked, parse_json
+from nnunet_oneshot.io import Each, Maybe, load_json_checked
 from nnunet_oneshot.planners import OneShotCPUPlanner
 from nnunet_oneshot.registration.dataset.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset.sources import axes_in, read_sources
 from nnunet_oneshot.registration.dataset.summary import write_summary
 from nnunet_oneshot.registration.pair.registration import Registration
 from nnunet_oneshot.self_training.guide import Student
+from nnunet_oneshot.strict_json import parse_json
 from nnunet_oneshot.trainers.base import SETTINGS_FILE, OneShotTrainer
 
 DRAWN = int(os.environ.get("NNUNET_ONESHOT_EXAMPLES", 0)) or 120
@@ -462,6 +464,24 @@ def test_as_many_were_read_as_the_docs_say():
     if len(COUNTED) == 1 + len(JSON_FILES) + len(BINARY_FILES):
         print(sum(COUNTED.values()), COUNTED)
         assert sum(COUNTED.values()) >= 3000
+
+
+# A disk
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_what_a_disk_refuses_any_command_is_told(capsys, code):
+    def refused():
+        raise OSError(code, os.strerror(code), "/results/x.png")
+
+    assert exit_status(refused) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: The disk refuses /results/x.png") and os.strerror(code) in error
+
+
+def test_other_errors_of_the_system_are_not_taken_for_the_disks():
+    with pytest.raises(BrokenPipeError):
+        exit_status(lambda: (_ for _ in ()).throw(BrokenPipeError(errno.EPIPE, "Broken pipe")))
 
 
 # The reader itself

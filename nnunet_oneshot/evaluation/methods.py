@@ -17,9 +17,9 @@ from nnunet_oneshot.config import merge_settings
 from nnunet_oneshot.errors import OneShotError, shown
 from nnunet_oneshot.evaluation.ablations import ABLATIONS
 from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS
-from nnunet_oneshot.io import parse_json
 from nnunet_oneshot.registry import Registry
 from nnunet_oneshot.schedules import DEFAULT_EPOCHS, SHORTER, variant
+from nnunet_oneshot.strict_json import parse_json
 
 
 @dataclass(frozen=True)

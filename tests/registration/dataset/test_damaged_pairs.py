@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,31 +71,37 @@ def flip(path):
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize(
-    ("name", "harm"),
-    [
-        ("case_01.pkl", truncate),
-        ("case_01.pkl", lambda path: path.unlink()),
-        ("case_00.pkl", truncate),
-        ("case_01.b2nd", truncate),
-        ("case_01.b2nd", flip),
-        ("case_01.b2nd", lambda path: path.unlink()),
-        ("case_00_seg.b2nd", truncate),
-    ],
-)
-def test_damaged_cases_are_named(registered, capsys, name, harm, listed):
+HARMS = [
+    ("case_01.pkl", truncate),
+    ("case_01.pkl", Path.unlink),
+    ("case_00.pkl", truncate),
+    ("case_01.b2nd", truncate),
+    ("case_01.b2nd", flip),
+    ("case_01.b2nd", Path.unlink),
+    ("case_00_seg.b2nd", truncate),
+]
+
+
+def test_damaged_cases_are_named(registered, capsys):
     dataset, cache = registered
-    if not listed:
-        # As in a dataset that stock nnU-Net preprocessed.
-        (dataset.preprocessed / "oneshot_preprocessed.json").unlink()
+    folder = dataset.preprocessed / f"{PLANS}_3d_fullres"
     before = {path: path.read_bytes() for path in cache.folder.rglob("*") if path.is_file()}
-    harm(dataset.preprocessed / f"{PLANS}_3d_fullres" / name)
-    capsys.readouterr()
-    command = ["propagate", "-f", "all"] if "_seg" in name else ["register", "--no_figures"]
-    if "_seg" in name:
-        command = ["propagate", "-i", str(dataset.raw / "imagesTr"), "-o", str(dataset.preprocessed.parent / "out")]
-    assert main([*command, "-d", str(dataset.id), *COMMAND]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and name.split(".")[0] in error
-    assert {path: path.read_bytes() for path in before} == before
+    for listed in (True, False):
+        if not listed:
+            # As in a dataset that stock nnU-Net preprocessed.
+            (dataset.preprocessed / "oneshot_preprocessed.json").unlink()
+        for name, harm in HARMS:
+            shutil.copy2(folder / name, dataset.preprocessed.parent / name)
+            harm(folder / name)
+            command = ["register", "--no_figures"]
+            if "_seg" in name:
+                out = dataset.preprocessed.parent / "out"
+                command = ["propagate", "-i", str(dataset.raw / "imagesTr"), "-o", str(out)]
+            capsys.readouterr()
+            assert main([*command, "-d", str(dataset.id), *COMMAND]) == 1
+            error = capsys.readouterr().err
+            assert error.startswith("error: ") and name.split(".")[0] in error
+            assert {path: path.read_bytes() for path in before} == before
+            shutil.copy2(dataset.preprocessed.parent / name, folder / name)
+    assert main(["register", "-d", str(dataset.id), *COMMAND, "--no_figures"]) == 0
+    assert "are cached" in capsys.readouterr().out

@@ -437,7 +437,7 @@ def _check_supported(plans: dict, configuration: str) -> None:
 def _check_batch(configuration: ConfigurationManager, number: int) -> None:
     """Refuses batches that nnU-Net cannot divide among ``number`` GPUs, before it stops with less to read."""
     size = configuration.batch_size
-    if size < number or (size % number and configuration.batch_dice):
+    if number > 1 and (size < number or (size % number and configuration.batch_dice)):
         reason = "batch_dice needs equal parts" if size >= number else "each needs one sample or more"
         raise OneShotError(
             f"A batch of {size} samples cannot be divided among {number} GPUs ({reason}): give another -num_gpus, or "

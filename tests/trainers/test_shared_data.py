@@ -28,11 +28,11 @@ sys.addaudithook(_refuse)
 
 
 @pytest.fixture
-def shared(prepared_dataset, monkeypatch):
+def shared(prepare, monkeypatch):
     """A preprocessed dataset that nothing can be written to; None of the files of this package is in it yet."""
-    dataset = prepared_dataset()
+    dataset = prepare()
     for name in ("splits_final.json", "oneshot_atlas.json"):
-        (dataset.preprocessed / name).unlink()
+        (dataset.preprocessed / name).unlink(missing_ok=True)
     settings = {"registration": {"refine_iterations": [3, 3, 2]}}
     monkeypatch.setenv("nnUNet_oneshot_overrides", json.dumps(settings))
     monkeypatch.setattr(sys.modules[__name__], "_READ_ONLY", [str(dataset.preprocessed.parent)])

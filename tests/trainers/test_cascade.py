@@ -192,6 +192,14 @@ def test_segmentations_of_other_images_are_refused(cascade, make_trainer):
         make_trainer(dataset, name, configuration=SECOND).initialize()
 
 
+def test_a_benchmark_of_the_second_stage_is_refused(cascade, tmp_path, capsys):
+    dataset = cascade(labelled=("case_00",))
+    command = ["benchmark", "-d", str(dataset.id), "-c", SECOND, "-p", PLANS, "-o", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert f"compare methods with -c {FIRST}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_batches_hold_the_first_stage_and_the_teacher_the_image_alone(cascade, make_trainer, short):
     dataset, name = cascade(channels=("T1", "T2")), "OneShotDistillTrainer_1epoch"
     pretend_first_stage(dataset, name)

@@ -65,7 +65,11 @@ class Progress:
             return "time left is not known yet"
         seconds = (self._clock() - self._first[1]) / (self._done - self._first[0])
         left = f"{seconds:.2g} s each, {duration(seconds * (self._total - self._done))} left"
-        return f"{left}, {duration(seconds * (self._total - self._done + self._later))} until all is done" if self._later else left
+        return (
+            f"{left}, {duration(seconds * (self._total - self._done + self._later))} until all is done"
+            if self._later
+            else left
+        )
 
     def close(self) -> None:
         """Ends the bar."""

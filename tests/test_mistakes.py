@@ -57,7 +57,9 @@ def test_a_process_ends_with_the_sentence_and_status_1():
         "from nnunet_oneshot.mistakes import explain_mistakes; from nnunet_oneshot.errors import OneShotError\n"
         "explain_mistakes(('A',)); explain_mistakes(('A',)); raise {}"
     )
-    done = subprocess.run([sys.executable, "-c", code.format("OneShotError('Mend it.')")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code.format("OneShotError('Mend it.')")], capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (1, "error: Mend it.\n")
     done = subprocess.run([sys.executable, "-c", code.format("KeyError('x')")], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr

@@ -84,7 +84,8 @@ def test_a_status_is_written_over_in_a_terminal_and_rare_in_a_log(monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "0 s"), (89, "89 s"), (150, "2 min"), (5400, "1.5 h"), (86400, "24 h"), (200000, "2.3 d")]
+    ("seconds", "words"),
+    [(0, "0 s"), (89, "89 s"), (150, "2 min"), (5400, "1.5 h"), (86400, "24 h"), (200000, "2.3 d")],
 )
 def test_durations_in_words(seconds, words):
     assert duration(seconds) == words

@@ -190,9 +190,9 @@ def _env(_: argparse.Namespace) -> None:
 def _add_env(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "env",
-        help="print the line that makes nnU-Net find the trainers",
+        help="print the line that makes nnU-Net find the trainers where installing did not",
         description='Prints an export of nnUNet_extTrainer for the shell: eval "$(nnunet_oneshot env)". '
-        "What the variable already lists is kept.",
+        "What the variable already lists is kept. Installing the package does the same whenever Python starts.",
     )
     parser.set_defaults(run=_env)
 

@@ -62,7 +62,6 @@ def run_demo(
     )
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         log(f'$ export {name}="{environment[name]}"')
-    log('$ eval "$(nnunet_oneshot env)"')
 
     done: list[CommandResult] = []
     for number, arguments in enumerate(_commands(trainer)):

@@ -215,7 +215,7 @@ def _predictions(
             cuts[f"p-{rank}"] = prediction_stack(subject.prepared, folder, case, values)
     except (OneShotError, KeyError) as error:
         # The scores need no raw image, and a machine may hold the preprocessed data only.
-        notes.append(f"Predictions are shown without pictures: {error}")
+        notes.append(f"Pictures of predictions are left out: {error}")
     return scored, cuts
 
 

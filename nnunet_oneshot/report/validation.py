@@ -77,6 +77,8 @@ def read_scores(prepared: PreparedDataset, folder: Path) -> Scored | None:
             shared = {"method": _METHOD, "atlas": None, "fold": 0, "seed": None}
             rows.append({**shared, "case": case, "label": name, "dice": value})
     table = score_table(rows, _METHOD)
+    if not table.cases:
+        return None
     means = {case: float(value) for (_, case), value in zip(table.cases, table.values[0], strict=True)}
     labels = {name: score_table(rows, _METHOD, label=name) for name in names}
     return Scored(
@@ -104,6 +106,8 @@ def prediction_stack(prepared: PreparedDataset, folder: Path, case: str, labels:
         OneShotError: The raw image, the prediction or the reference cannot be read.
     """
     raw = RawDataset(require_env("nnUNet_raw")[0] / prepared.name)
+    if case not in raw.cases:
+        raise OneShotError(f"{raw.folder} holds no image of {case}.")
     reader = prepared.plans_manager.image_reader_writer_class()
     reference, properties, _ = read_reference(prepared, case)
     file = folder / f"{case}{prepared.file_ending}"

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from nnunet_oneshot.evaluation.statistics import closed_gap, mean_difference, paired, score_table, seed_spread
+from nnunet_oneshot.evaluation.statistics import (
+    closed_gap,
+    mean_difference,
+    mean_score,
+    paired,
+    score_table,
+    seed_spread,
+)
 
 
 def rows(method, values, *, atlas="a", fold="0", seed=1, label="x"):
@@ -26,6 +33,12 @@ def test_labels_and_seeds_are_averaged_and_missing_scores_left_out():
 def test_same_case_of_two_folds_counts_twice():
     table = score_table(rows("m", {"c": 1.0}) + rows("m", {"c": 0.0}, fold="1"), "m")
     assert table.values.shape == (1, 2)
+
+
+def test_mean_of_a_method_lies_in_its_interval_and_is_none_where_nothing_was_scored():
+    mean = mean_score(score_table(rows("m", {f"c{i}": 0.1 * i for i in range(6)}), "m"))
+    assert mean.value == pytest.approx(0.25) and 0.1 < mean.low < 0.2 and 0.3 < mean.high < 0.4
+    assert mean_score(score_table(rows("m", {"c": None}), "m")) is None
 
 
 def test_constant_difference_has_an_interval_of_no_width():

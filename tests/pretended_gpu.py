@@ -76,10 +76,7 @@ class OnGpu(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        # Also in threads that nnU-Net starts, in which no mode is active.
-        if PretendedGpu.active is None:
-            raise RuntimeError(f"{function} outside of a PretendedGpu")
-        return PretendedGpu.active.__torch_dispatch__(function, types, args, kwargs)
+        raise RuntimeError(f"{function} outside of a PretendedGpu")
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -92,15 +89,12 @@ class PretendedGpu(TorchDispatchMode):
         copies: How often tensors of more than one value were copied to it.
     """
 
-    active: PretendedGpu | None = None
-
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.copies = 0
 
     def __enter__(self):
-        PretendedGpu.active = self
         self._patches = pytest.MonkeyPatch()
         self._patches.setattr(torch.cuda, "_lazy_init", lambda: None)
         self._patches.setattr(torch.Tensor, "new_tensor", _new_tensor)
@@ -110,7 +104,6 @@ class PretendedGpu(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error):
-        PretendedGpu.active = None
         self._patches.undo()
         torch._C._set_only_lift_cpu_tensors(self._lifts)
         return super().__exit__(*error)

@@ -3,9 +3,9 @@
 Every command of a one-shot project runs on tiny generated phantoms, first undisturbed and twice, so that what is the
 same in both runs is known. Then it is killed at random moments (SIGKILL to its process group, also while files change),
 once or twice, and given again. It must end with status 0 and leave what the undisturbed runs left: the same files,
-equal where those two were equal, no temporary files, no locks, no processes. Registrations may differ by rounding,
-since pairs that are left over are computed in other batches: by no more than one step of their files. A training that
-is resumed with ``--c`` goes on with other patches, so that of its networks and segmentations only names and shapes are
+equal where those two were equal, no temporary files, no locks, no processes. Registrations may differ by rounding, at
+most by one step of their files, since pairs that are left over are computed in other batches. A training that is
+resumed with ``--c`` goes on with other patches, so that of its networks and segmentations only names and shapes are
 compared.
 """
 

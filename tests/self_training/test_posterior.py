@@ -142,3 +142,22 @@ def test_strength_zero_returns_the_target_as_it_is():
     target = [block((8, 8), (2, 2), (6, 6))]
     (found,) = posterior_target(torch.zeros(1, 1, 8, 8), target, **options(strength=0))
     assert torch.equal(found, target[0])
+
+
+def test_labels_in_parts_are_those_at_once(monkeypatch):
+    import nnunet_oneshot.self_training.posterior as module
+
+    labels = torch.zeros(1, 1, 20, 20, 20, dtype=torch.long)
+    for number in range(27):
+        corner = [2 + 6 * (number // 3**axis % 3) for axis in range(3)]
+        labels[(0, 0, *[slice(start, start + 5) for start in corner])] = number + 1
+    image = noisy((labels.roll(1, 2) % 5).float())
+    whole = posterior_labels(image, labels, blur=1.0, strength=0.6)
+    assert not torch.equal(whole, labels)
+    monkeypatch.setattr(module, "_VALUES", 1)
+    assert torch.equal(posterior_labels(image, labels, blur=1.0, strength=0.6), whole)
+    seen = []
+    original = module._largest
+    monkeypatch.setattr(module, "_largest", lambda values, number: seen.append(len(values)) or original(values, number))
+    posterior_labels(image, labels, blur=1.0, strength=0.6)
+    assert max(seen) == 8 and len(seen) == 7

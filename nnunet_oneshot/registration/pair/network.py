@@ -143,7 +143,7 @@ def fit_network(
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    return torch.stack(losses).tolist()
+    return torch.stack(losses).tolist() if losses else []
 
 
 def coarse_velocity(velocity: Tensor, config: RegistrationConfig) -> Tensor:

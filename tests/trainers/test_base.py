@@ -116,7 +116,7 @@ def test_ceilings_read_the_labels_that_they_say(name, prepare, make_trainer):
     trainer = make_trainer(prepare(labelled=("case_00", "case_01", "case_02", "case_03")), name)
     trainer.initialize()
     train, val = trainer.do_split()
-    cases = [loader.data_loader._data.identifiers for loader in trainer.get_dataloaders()]
+    cases = [loader.data_loader._loader._data.identifiers for loader in trainer.get_dataloaders()]
     labelled = sorted(case for case in train if case < "case_04")
     assert cases == [labelled, labelled] and not set(labelled) & set(val)
     says_so = "THIS IS NO ONE-SHOT TRAINING" in log_of(trainer)
@@ -131,7 +131,7 @@ def test_all_labels_or_the_atlas_alone(prepare, make_trainer):
     for name in SUPERVISED:
         trainer = make_trainer(dataset, name)
         trainer.initialize()
-        cases.append(trainer.get_dataloaders()[0].data_loader._data.identifiers)
+        cases.append(trainer.get_dataloaders()[0].data_loader._loader._data.identifiers)
         assert len(trainer.roles.atlases) == 1
     assert cases == [list(trainer.roles.atlases), sorted(trainer.do_split()[0])]
 
@@ -413,16 +413,15 @@ def test_wrong_setting_stops_before_anything_is_made(prepare, make_trainer):
     assert not dataset.results.exists()
 
 
-def test_all_training_cases_named_as_atlases_leave_nothing_to_warp_to(prepare, make_trainer, stubs):
+def test_all_training_cases_named_as_atlases_are_shown_as_they_are(prepare, make_trainer, stubs):
     dataset = prepare()
     everything = sorted(dataset.cases)
-    trainer = make_trainer(dataset, "OneShotSynthesisTrainer", fold="all", edit=block(atlases=everything))
-    trainer.initialize()
-    with pytest.raises(OneShotError, match="at least one unlabelled image.*OneShotAtlasTrainer"):
-        trainer.get_dataloaders()
-    alone = make_trainer(dataset, "OneShotAtlasTrainer", fold="all", edit=block(atlases=everything))
-    alone.initialize()
-    assert next(alone.get_dataloaders()[0])["data"].shape[0] == alone.batch_size
+    for name in ("OneShotSynthesisTrainer", "OneShotAtlasTrainer"):
+        trainer = make_trainer(dataset, name, fold="all", edit=block(atlases=everything))
+        trainer.initialize()
+        batch = next(trainer.get_dataloaders()[0])
+        assert batch["data"].shape[0] == trainer.batch_size
+        assert set(batch["keys"]) <= set(everything)
 
 
 def test_atlas_trainer_sees_the_atlas_alone(prepare, make_trainer):

@@ -19,7 +19,7 @@ def test_a_device_that_is_not_there_is_refused(name):
 
 @pytest.mark.parametrize(("kind", "expected"), [("cuda", 3), ("cpu", 1)])
 def test_a_host_beside_a_gpu_gets_its_cores(kind, expected, monkeypatch):
-    monkeypatch.setattr(devices, "_usable_cores", lambda: 3)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 3)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

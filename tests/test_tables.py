@@ -7,6 +7,7 @@ import pytest
 
 from nnunet_oneshot.evaluation.report import _summary_csv, _summary_markdown
 from nnunet_oneshot.evaluation.runs import rows_of
+from nnunet_oneshot.evaluation.statistics import ClosedGaps
 from nnunet_oneshot.tables import Markup, code, csv_table, markdown_table, plain
 
 NAMES = [
@@ -71,7 +72,7 @@ def test_a_benchmark_with_such_names(name):
     record |= {"peak_memory_mb": None, "resumed": False, "overrides": {"atlases": [name]}, "command": f"run {name}"}
     record["scores"] = scores
     rows = rows_of(record)
-    lines = _summary_markdown(rows, [record], {}).splitlines()
+    lines = _summary_markdown(rows, [record], ClosedGaps("nnunet-atlas", "nnunet-full", {})).splitlines()
     tables = [line for line in lines if line.startswith("| ")]
     assert {len(cells(line)) for line in tables} == {8, 9}
     assert not any("<" in line for line in tables)

@@ -344,6 +344,5 @@ def test_interruption_leaves_nothing_half_written(tiny_dataset, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(OneShotPreprocessor, "run_case_save", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        plan(dataset)
+    assert plan(dataset) == 130
     assert not any(path.is_dir() and path.name != "gt_segmentations" for path in dataset.preprocessed.iterdir())

@@ -141,8 +141,10 @@ def open_array(
             if not isinstance(array, blosc2.NDArray):
                 raise ValueError("it holds no array")
             # By a damaged header an array may be far larger than the file, and reading it would not end.
-            whole = [chunk * -(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
-            if math.prod(whole) * array.dtype.itemsize != array.schunk.nbytes:
+            # Chunks are filled up to whole blocks.
+            number = [-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True)]
+            filled = [block * -(-chunk // block) for chunk, block in zip(array.chunks, array.blocks, strict=True)]
+            if math.prod(number) * math.prod(filled) * array.dtype.itemsize != array.schunk.nbytes:
                 raise ValueError(f"its header tells of the shape {tuple(array.shape)}, its content of another")
         elif path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")

@@ -2,10 +2,17 @@
 
 import numpy as np
 import pytest
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from nnunet_oneshot.config import OneShotConfig
 from nnunet_oneshot.data.atlas import AtlasChoice
-from nnunet_oneshot.data.preprocessed import check_preprocessed, load_image, load_properties
+from nnunet_oneshot.data.preprocessed import (
+    check_preprocessed,
+    load_image,
+    load_properties,
+    load_segmentation,
+    open_image,
+)
 from nnunet_oneshot.data.roles import assign_roles
 from nnunet_oneshot.data.splits import Fold
 from nnunet_oneshot.errors import OneShotError
@@ -105,3 +112,16 @@ def test_properties_that_cannot_be_read_are_told_by_name(tmp_path, content):
         (tmp_path / "case_0.pkl").write_bytes(content)
     with pytest.raises(OneShotError, match=r"case_0\.pkl cannot be read.*Preprocess"):
         load_properties(str(tmp_path), "case_0")
+
+
+@pytest.mark.parametrize("shape", [(2, 37, 211, 199), (1, 1, 300, 233), (1, 13, 17, 29)])
+def test_cases_are_read_however_nnunet_divides_them(shape, tmp_path):
+    image = np.random.default_rng(0).random(shape, np.float32)
+    seg = (image[:1] > 0.5).astype(np.int16)
+    kinds = {}
+    for name, array in (("", image), ("_seg", seg)):
+        blocks, chunks = comp_blosc2_params(array.shape, (20, 192, 192), array.itemsize)
+        kinds |= {f"blocks{name}": blocks, f"chunks{name}": chunks}
+    nnUNetDatasetBlosc2.save_case(image, seg, {}, str(tmp_path / "case"), **kinds)
+    assert np.array_equal(open_image(str(tmp_path), "case")[:], image)
+    assert np.array_equal(load_segmentation(str(tmp_path), "case"), seg)

@@ -178,7 +178,6 @@ class OneShotDataLoader(nnUNetDataLoader):
     def _sample(self, atlas_name: str, case: str, foreground: bool, from_real: bool) -> dict:
         atlas, is_own = self.atlases[atlas_name], case == atlas_name
         registration = _unmoved(atlas_name, atlas) if is_own else self.registrations[atlas_name, case]
-        real = atlas.image.numpy() if is_own else self._data.load_case(case)[0]
         augment = self.settings.augment and not from_real and not is_own
         deformation = draw_deformation(
             registration, lambda: self._other(atlas_name), self.settings.synthesis, augment=augment, flows=self.flows
@@ -187,7 +186,10 @@ class OneShotDataLoader(nnUNetDataLoader):
         # If the atlas has no label to centre on, nnU-Net's loader falls back to a random position.
         corner, _ = self.get_bbox(registration.case_shape, foreground, locations)
         places = patch_places(corner, self.patch_size, self.final_patch_size, self.spatial)
-        real, _, previous, _ = self._data.load_case(case)
+        if is_own and not self.settings.coarseness:
+            real, previous = atlas.image.numpy(), None
+        else:
+            real, _, previous, _ = self._data.load_case(case)
         shows_atlas = not from_real and not is_own
         patch = sample_patch(places, deformation, atlas, real, synthetic=shows_atlas, previous=previous)
         if from_real:

@@ -91,7 +91,7 @@ def test_resumes(dataset, train, monkeypatch):
             raise KeyboardInterrupt
         original(self)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(OneShotDistillTrainer, "on_train_epoch_start", interrupt)
         train(dataset, "OneShotDistillTrainer_5epochs")
     folder = train(dataset, "OneShotDistillTrainer_5epochs", continue_training=True)

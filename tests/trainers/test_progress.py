@@ -31,7 +31,7 @@ def trained(trainer, epochs):
         begin()
 
     trainer.on_epoch_start = begin_or_stop
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         trainer.run_training()
     return trainer
 

@@ -156,7 +156,7 @@ def test_command_goes_on_with_a_training_of_one_process(prepare, short, monkeypa
             raise KeyboardInterrupt
         original(self)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         patch.setattr(OneShotTrainer, "on_train_epoch_start", interrupted)
         train(dataset, name, patch, num_gpus=1)
     # The end of its process would do so.

@@ -132,7 +132,7 @@ def test_stock_command_predicts_without_this_package(trained, tmp_path):
     environment["PYTHONPATH"] = str(blocked)
     command = [str(Path(sys.executable).parent / "nnUNetv2_predict_from_modelfolder"), "-f", "0", "-device", "cpu"]
     command += ["-i", str(images), "-o", str(tmp_path / "out"), "-m", str(tmp_path / "model"), "-npp", "1", "-nps", "1"]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert sitk.ReadImage(str(tmp_path / "out" / "case.nii.gz")).GetSize() == (8, 10, 9)
 

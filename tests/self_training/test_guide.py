@@ -129,8 +129,13 @@ def test_labels_of_other_cases_stay_closed(student, monkeypatch):
     import nnunet_oneshot.data.preprocessed as preprocessed
 
     dataset, model = student()
-    opened, original = set(), preprocessed._open
-    monkeypatch.setattr(preprocessed, "_open", lambda *arguments: opened.add(arguments[1:3]) or original(*arguments))
+    opened, original = set(), preprocessed.open_array
+
+    def open_array(folder, case, suffix="", **options):
+        opened.add((case, suffix))
+        return original(folder, case, suffix, **options)
+
+    monkeypatch.setattr(preprocessed, "open_array", open_array)
     for label in (*dataset.preprocessed.glob("gt_segmentations/*"), *dataset.raw.glob("labelsTr/*")):
         # The names tell which cases are labelled; what they hold must not matter.
         label.write_bytes(b"no label")

@@ -1,4 +1,4 @@
-"""The steps of the command line as typed functions, under its names: each command calls the function of its name here.
+"""The steps of the command line as typed functions, under its names: each command calls that of its name here.
 
 ``import_scans`` is ``nnunet_oneshot import``, since ``import`` is a word of Python. Arguments are the commands' options
 in full; errors are `nnunet_oneshot.errors.OneShotError`. A step is loaded when it is first asked for.

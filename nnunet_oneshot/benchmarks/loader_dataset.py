@@ -79,6 +79,7 @@ class LoaderDataset:
             "data_identifier": f"nnUNetPlans_{CONFIGURATION}",
             "preprocessor_name": "DefaultPreprocessor",
             "batch_size": self.batch_size,
+            "batch_dice": True,
             "patch_size": list(self.patch_size),
             "spacing": [1.0, 1.0, 1.0],
             "normalization_schemes": ["CTNormalization"],
@@ -157,7 +158,8 @@ class LoaderDataset:
         affine[:3, :3] = _rotation(rng.normal(0, _ROTATION, 3)) * rng.normal(1, 0.05, 3)
         centre = (np.array(shape) - 1) / 2
         affine[:3, 3] = centre + rng.normal(0, 4, 3) - affine[:3, :3] @ centre
-        return Registration(ATLAS, case, affine, velocity.numpy(), shape, shape, {"similarity_after": 0.5})
+        quality = {"similarity_before": 0.2, "similarity_after": 0.5, "folding": 0.0, "affine_start": "moments"}
+        return Registration(ATLAS, case, affine, velocity.numpy(), shape, shape, quality)
 
 
 def _strides(patch_size: Sequence[int]) -> list[list[int]]:

@@ -15,6 +15,8 @@ from nnunet_oneshot.benchmarks import kills
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.registration.pair.registration import Registration
 
+QUALITY = {"similarity_before": 0.2, "similarity_after": 0.5, "folding": 0.0, "affine_start": "moments"}
+
 
 @pytest.fixture
 def folders(tmp_path):
@@ -26,7 +28,7 @@ def folders(tmp_path):
         (folder / "data.bin").write_bytes(b"abc")
         (folder / "training_log_2026.txt").write_text(str(number))
         velocity = np.full((3, 4, 4, 4), 0.5, np.float32)
-        pair = Registration("a", "b", np.eye(4), velocity, (8, 8, 8), (8, 8, 8), {})
+        pair = Registration("a", "b", np.eye(4), velocity, (8, 8, 8), (8, 8, 8), QUALITY)
         RegistrationCache(folder / FOLDER / "p").save(pair, key="k", sources={}, parameters={}, versions={})
     return found
 
@@ -58,7 +60,7 @@ def test_what_is_missing_is_named(folders):
 def test_registrations_may_differ_by_one_step_of_their_file(folders, moved, deviates):
     shutil.rmtree(folders[0] / FOLDER)
     velocity = np.full((3, 4, 4, 4), 0.5 + moved, np.float32)
-    pair = Registration("a", "b", np.eye(4), velocity, (8, 8, 8), (8, 8, 8), {})
+    pair = Registration("a", "b", np.eye(4), velocity, (8, 8, 8), (8, 8, 8), QUALITY)
     RegistrationCache(folders[0] / FOLDER / "p").save(pair, key="k", sources={}, parameters={}, versions={})
     assert any("velocities" in sentence for sentence in kills.deviations(*folders)) == deviates
 

@@ -14,6 +14,7 @@ from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.registration.pair.registration import Registration
 
 DATASET, NAME = "Dataset901_Tiny", "plans_3d"
+QUALITY = {"similarity_before": 0.2, "similarity_after": 0.5, "folding": 0.0, "affine_start": "moments"}
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def exported(path, *ratings, **changes):
 def cached(base, *cases, key="k"):
     cache = RegistrationCache(base / FOLDER / NAME)
     for case in cases:
-        pair = Registration("a", case, np.eye(4), np.zeros((3, 1, 1, 1), np.float32), (2, 2, 2), (2, 2, 2), {"x": 1})
+        pair = Registration("a", case, np.eye(4), np.zeros((3, 1, 1, 1), np.float32), (2, 2, 2), (2, 2, 2), QUALITY)
         cache.save(pair, key=key, sources={}, parameters={}, versions={})
     return cache
 
@@ -55,7 +56,7 @@ def test_an_exported_file_is_added_and_later_ratings_replace_earlier_ones(base, 
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("[]", "no file of ratings"),
+        ("[]", "must hold a JSON object"),
         ("{", "not valid JSON"),
         ({"dataset": "Dataset002_Other"}, "Dataset002_Other"),
         ({"ratings": {}}, "must hold a list"),

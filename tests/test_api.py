@@ -32,7 +32,7 @@ def test_nothing_heavy_is_loaded_before_a_step_is_asked_for():
 def test_what_is_no_step_is_no_attribute():
     assert set(api.__all__) <= set(dir(api))
     with pytest.raises(AttributeError, match="nothing"):
-        api.nothing
+        _ = api.nothing
 
 
 def test_steps_run_from_python(tiny_dataset, capsys):

@@ -84,6 +84,8 @@ class LoaderDataset:
             "spacing": [1.0, 1.0, 1.0],
             "normalization_schemes": ["CTNormalization"],
             "use_mask_for_norm": [False],
+            **{f"resampling_fn_{what}": "resample_data_or_seg_to_shape" for what in ("data", "seg", "probabilities")},
+            **{f"resampling_fn_{what}_kwargs": {} for what in ("data", "seg", "probabilities")},
             "architecture": {
                 "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
                 "arch_kwargs": network,

@@ -229,7 +229,6 @@ def count(kind):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A planned and preprocessed data set, with a registration, a model, a benchmark and sentinels beside them."""
-    from conftest import LABELS
     from tiny_data import draw_blobs, write_image
 
     root = tmp_path_factory.mktemp("home")
@@ -243,7 +242,12 @@ def home(tmp_path_factory):
         write_image(raw / "imagesTr" / f"{case}_0000.nii.gz", image)
         if case == ATLAS:
             write_image(raw / "labelsTr" / f"{case}.nii.gz", label)
-    description = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": 3, "file_ending": ".nii.gz"}
+    description = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "left": 1, "right": 2},
+        "numTraining": 3,
+        "file_ending": ".nii.gz",
+    }
     (raw / "dataset.json").write_text(json.dumps(description))
     with pytest.MonkeyPatch.context() as patch:
         point_to(root, patch)

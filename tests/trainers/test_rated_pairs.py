@@ -30,12 +30,12 @@ def test_loaders_never_draw_a_bad_pair_and_the_log_tells_it(prepare, make_traine
     dataset = prepare(labelled=("case_00",))
     trainer, patches, progress = built(make_trainer, dataset)
     unlabelled, watched = trainer.roles.unlabelled, trainer.roles.progress
-    assert len(unlabelled) > 1 and {case for _, case in patches.data_loader.pairs} == set(unlabelled)
+    assert len(unlabelled) > 1 and {case for _, case in patches.data_loader._loader.pairs} == set(unlabelled)
     rate_bad(dataset, [unlabelled[0]])
     capsys.readouterr()
     trainer, patches, progress = built(make_trainer, dataset)
-    assert {case for _, case in patches.data_loader.pairs} == set(unlabelled[1:])
-    assert {case for _, case in progress.data_loader.pairs} == set(watched)
+    assert {case for _, case in patches.data_loader._loader.pairs} == set(unlabelled[1:])
+    assert {case for _, case in progress.data_loader._loader.pairs} == set(watched)
     drawn = {(from_real, key) for _ in range(8) for from_real, key in _keys(next(patches))}
     assert {key for _, key in drawn} <= set(unlabelled[1:]) and {real for real, _ in drawn} == {False, True}
     assert unlabelled[0] not in trainer._round_cases
@@ -52,7 +52,7 @@ def test_progress_is_watched_on_training_cases_where_no_other_is_left(prepare, m
     assert trainer.roles.held_out
     rate_bad(dataset, trainer.roles.progress)
     trainer, _, progress = built(make_trainer, dataset)
-    assert {case for _, case in progress.data_loader.pairs} <= set(trainer.roles.unlabelled)
+    assert {case for _, case in progress.data_loader._loader.pairs} <= set(trainer.roles.unlabelled)
     assert not trainer.roles.held_out
     assert "progress is watched on training cases" in capsys.readouterr().out
 

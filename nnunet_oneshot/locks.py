@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 
@@ -153,12 +154,17 @@ class _SpawnedWorker(SpawnProcess):
         if threading.current_thread() is not threading.main_thread():
             super().start()
             return
-        # What is ignored when a process is started is ignored in it.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not hasattr(signal, "pthread_sigmask"):
+            super().start()
+            return
+        # Its start, which the first worker's would bring about, lifts the block.
+        resource_tracker.ensure_running()
+        # What is blocked when a process is started is blocked in it; here it waits until the worker is there.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             super().start()
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
 """Who may write while another does."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import SpawnProcess
 
 import pytest
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.locks import free, take, take_or_refuse, waiting_for
+from nnunet_oneshot.locks import WorkerContext, free, take, take_or_refuse, waiting_for
 
 HOLD = """
 import sys, time
@@ -74,3 +76,12 @@ def test_waiting_says_for_what_and_goes_on_when_the_other_ends(tmp_path):
         assert "Waiting for another planning of Dataset004" in said[0]
     process.wait()
     assert not path.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interruption_while_a_worker_starts_is_not_lost(monkeypatch):
+    monkeypatch.setattr(SpawnProcess, "start", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        WorkerContext().Process(target=print).start()
+        time.sleep(1)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -47,18 +48,24 @@ def prepare(tiny_dataset, _store):
     return make
 
 
+@cache
+def _found(name):
+    """The class that nnU-Net finds; once, since its search fails where another thread is importing something."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    return recursive_find_trainer_class_by_name(name)
+
+
 @pytest.fixture
 def make_trainer():
     """A function that builds a trainer as ``nnUNetv2_train`` does."""
 
     def make(dataset, name, *, configuration="3d_fullres", fold=0, resume=False, edit=None):
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
         plans = json.loads((dataset.preprocessed / f"{PLANS}.json").read_text())
         if edit is not None:
             edit(plans)
         plans["continue_training"] = resume
-        return recursive_find_trainer_class_by_name(name)(
+        return _found(name)(
             plans=plans,
             configuration=configuration,
             fold=fold,

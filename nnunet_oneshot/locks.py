@@ -151,10 +151,8 @@ class _SpawnedWorker(SpawnProcess):
     """Leaves Ctrl-C, which would end it with a traceback, to its parent."""
 
     def start(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            super().start()
-            return
-        if not hasattr(signal, "pthread_sigmask"):
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or not hasattr(signal, "pthread_sigmask"):
             super().start()
             return
         # Its start, which the first worker's would bring about, lifts the block.

@@ -8,6 +8,7 @@ import types
 import typing
 
 import pytest
+from hostile_values import nested
 
 import nnunet_oneshot.registries  # noqa: F401  (loads the names that similarity and hint may have)
 from nnunet_oneshot.config import (
@@ -30,13 +31,6 @@ BLOCKS = {
     "distillation": DistillationConfig,
 }
 SETTINGS = [(block, spec.name) for block, cls in BLOCKS.items() for spec in dataclasses.fields(cls)]
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
 
 
 INFINITE, NAN = float("inf"), float("nan")

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hostile_values import nested
 
 import nnunet_oneshot.registries  # noqa: F401  (loads the names that settings may have)
 from nnunet_oneshot.checkpoints import load_data, loading_checkpoint
@@ -51,13 +52,6 @@ NOISE = re.compile(
     r"Traceback|\b(Key|Type|Attribute|Index|Assertion|Recursion)Error\b|object at 0x|NoneType|has no attr"
 )
 COUNTED: dict[str, int] = {}
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
 
 
 INFINITE, NAN = float("inf"), float("nan")

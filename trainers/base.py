@@ -160,8 +160,6 @@ class OneShotTrainer(CascadeTrainer):
         loss = super()._build_loss()
         return Float32Loss(loss) if uses_bfloat16(self.device, self.config.precision) else loss
 
-    # nnU-Net's own steps see to mixed precision on CUDA and have none on a processor. Their backward pass falls into
-    # the context too; of what runs there it changes nothing, as all convolutions are in bfloat16 already.
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self._progress = Progress(
@@ -175,6 +173,8 @@ class OneShotTrainer(CascadeTrainer):
         self._progress.close()
         super().on_train_epoch_end(train_outputs)
 
+    # nnU-Net's own steps see to mixed precision on CUDA and have none on a processor. Their backward pass falls into
+    # the context too; of what runs there it changes nothing, as all convolutions are in bfloat16 already.
     def train_step(self, batch: dict) -> dict:
         self._progress.update()
         with processor_autocast(self.device, self.config.precision), self._merging_hidden(batch):

@@ -92,10 +92,10 @@ def agreement_with_registration(
     for case in cases:
         image = prepared.image(case)
         carried = averaged_probabilities(
-            [
+            (
                 (atlas, warp_label_probabilities(registrations.load(atlas, case), segmentation, labels))
                 for atlas, segmentation in segmentations.items()
-            ],
+            ),
             labels,
             prepared.hidden_labels,
         )

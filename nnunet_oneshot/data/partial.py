@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_oneshot.data.structures import structures
 from nnunet_oneshot.errors import OneShotError, listed, shown
 
 BLOCK, PARTIAL = "oneshot", "partial"
@@ -33,13 +34,13 @@ def check_partial(content: Mapping[str, Any], path: str | os.PathLike) -> None:
     block = content.get(BLOCK, {})
     if not isinstance(block, dict) or set(block) - {PARTIAL} or not isinstance(block.get(PARTIAL, {}), dict):
         raise OneShotError(f'"{BLOCK}" in {path} is {shown(block)}: expected {_EXAMPLE}. Correct it.')
-    structures = _structures(content)
+    known = structures(content)
     for case, names in block.get(PARTIAL, {}).items():
         is_list = isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
-        if not is_list or len(set(names)) < len(names) or set(names) - set(structures):
+        if not is_list or len(set(names)) < len(names) or set(names) - set(known):
             raise OneShotError(
                 f'Case {shown(case)} of "{BLOCK}" in {path} shows {shown(names)}: expected a list of one or more of '
-                f"{listed(structures)}, each once. Correct it."
+                f"{listed(known)}, each once. Correct it."
             )
     if block.get(PARTIAL) and any(isinstance(value, list) for value in content["labels"].values()):
         raise OneShotError(
@@ -54,11 +55,10 @@ def hidden_labels(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Args:
         content: Content of ``dataset.json``, see `check_partial`.
     """
-    structures = _structures(content)
+    known = structures(content)
     declared = content.get(BLOCK, {}).get(PARTIAL, {})
     found = {
-        case: tuple(value for name, value in structures.items() if name not in names)
-        for case, names in declared.items()
+        case: tuple(value for name, value in known.items() if name not in names) for case, names in declared.items()
     }
     return {case: hidden for case, hidden in found.items() if hidden}
 
@@ -75,7 +75,7 @@ def require_every_label(content: Mapping[str, Any], atlases: Sequence[str], fold
         OneShotError: A structure is shown by none.
     """
     hidden = hidden_labels(content)
-    unseen = [n for n, value in _structures(content).items() if all(value in hidden.get(a, ()) for a in atlases)]
+    unseen = [n for n, value in structures(content).items() if all(value in hidden.get(a, ()) for a in atlases)]
     if unseen:
         raise OneShotError(
             f"None of the atlases of fold {fold} ({listed(atlases)}) shows {listed(unseen)}, by the partial labels "
@@ -115,8 +115,3 @@ def averaged_probabilities(
     if counts.min() < counts.max():
         result[0] = np.maximum(1 - result[1:].sum(axis=0), 0)
     return result
-
-
-def _structures(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Name and value of every label but background and ignore."""
-    return {name: value for name, value in content["labels"].items() if name not in ("background", "ignore")}

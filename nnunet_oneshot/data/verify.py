@@ -13,6 +13,7 @@ import numpy as np
 
 from nnunet_oneshot.data.headers import header_notes, is_nifti, is_sheared
 from nnunet_oneshot.data.raw import RawDataset
+from nnunet_oneshot.data.structures import structures
 from nnunet_oneshot.errors import OneShotError, listed
 
 # Relative for spacings; absolute, as cosines, for directions: 0.1 is far beyond rounding, far below an exchanged axis.
@@ -270,17 +271,17 @@ def read_label(raw: RawDataset, case: str, image: CaseImage) -> tuple[np.ndarray
             f"numbers, without scaling."
         )
     hidden = set(raw.hidden_labels.get(case, ()))
-    if surplus := sorted(hidden & {int(value) for value in np.unique(label)}):
+    present = {float(value) for value in np.unique(label)}
+    if surplus := sorted(value for value in hidden if value in present):
         raise OneShotError(
             f'Case {case}: the label {path} holds the values {surplus}, which "oneshot" in dataset.json declares as '
             f'not shown: list all structures that it shows under "partial", or correct the label.'
         )
-    present = {float(value) for value in np.unique(label)}
     if not present - {0, manager.ignore_label}:
         raise OneShotError(f"Case {case}: the label {path} is empty (background only). Label it or name another atlas.")
-    for name, values in raw.dataset_json["labels"].items():
+    for name, values in structures(raw.dataset_json).items():
         members = set(values) if isinstance(values, (list, tuple)) else {values}
-        if name not in ("background", "ignore") and not members & (present | hidden):
+        if not members & (present | hidden):
             warnings.append(
                 f"The label of case {case} has no voxel of {name!r} ({sorted(members)}): what the atlas does not show "
                 f"cannot be learned from it."

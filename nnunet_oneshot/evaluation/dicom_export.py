@@ -15,6 +15,7 @@ from nnunet_oneshot.data.dicom_seg import require_highdicom
 from nnunet_oneshot.data.drawn_labels import on_grid
 from nnunet_oneshot.data.raw import visible_files
 from nnunet_oneshot.data.scans import Scan, find_scans, read_scan
+from nnunet_oneshot.data.structures import structures
 from nnunet_oneshot.data.verify import detail_of
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.volumes import description_of
@@ -67,12 +68,12 @@ def write_dicom_segmentations(
         target.mkdir(parents=True, exist_ok=True)
         for name, case in zip(names, cases, strict=True):
             written.append(target / f"{case}.dcm")
-            _write(folder / name, series[case], described["labels"], written[-1])
+            _write(folder / name, series[case], structures(described), written[-1])
     print(f"Wrote {len(written)} DICOM-SEG files to {target}.")
     return written
 
 
-def _write(path: Path, scan: Scan, labels: Mapping[str, Any], target: Path) -> None:
+def _write(path: Path, scan: Scan, groups: Mapping[str, Any], target: Path) -> None:
     import pydicom
     from highdicom import UID
 
@@ -93,8 +94,7 @@ def _write(path: Path, scan: Scan, labels: Mapping[str, Any], target: Path) -> N
             if name not in source:
                 setattr(source, name, "")
     array = sitk.GetArrayFromImage(on_grid(segmentation, image, str(path), f"the series {scan.source}"))
-    groups = {name: np.atleast_1d(value) for name, value in labels.items() if name not in ("background", "ignore")}
-    masks = np.stack([np.isin(array, values) for values in groups.values()], axis=-1)
+    masks = np.stack([np.isin(array, np.atleast_1d(values)) for values in groups.values()], axis=-1)
     present = [number for number in range(len(groups)) if masks[..., number].any()]
     if not present:
         raise OneShotError(f"Case {scan.name}: {path} holds background only, which no DICOM-SEG can: remove the file.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from nnunet_oneshot.data.description import check_description
 from nnunet_oneshot.data.parallel import default_processes, run_on_cases
 from nnunet_oneshot.data.raw import find_images, visible_files
+from nnunet_oneshot.data.structures import structures
 from nnunet_oneshot.data.verify import detail_of
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.io import load_json_checked, save_text_atomic
@@ -96,17 +97,12 @@ def case_statistics(
         )
     millilitres = float(np.prod(properties["spacing"])) / 1000
     rows: list[list[object]] = []
-    for name, mask in _masks(segmentation[0], described["labels"]):
+    for name, values in structures(described).items():
+        mask = np.isin(segmentation[0], np.atleast_1d(values))
         count = int(np.count_nonzero(mask))
         means = [f"{float(channel[mask].mean()):.6g}" if count else "" for channel in channels]
         rows.append([case, name, count, f"{count * millilitres:.6g}", "yes" if _on_border(mask) else "no", *means])
     return rows
-
-
-def _masks(segmentation: np.ndarray, labels: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    for name, values in labels.items():
-        if name not in ("background", "ignore"):
-            yield name, np.isin(segmentation, np.atleast_1d(values))
 
 
 def _on_border(mask: np.ndarray) -> bool:

@@ -1,13 +1,14 @@
 """README and docs: links resolve, quoted commands and names exist, and every option and setting is listed."""
 
+import argparse
 import importlib
 import importlib.util
 import re
 import shlex
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from doc_shell import console_scripts
 
 from nnunet_oneshot.cli import build_parser
 
@@ -37,6 +38,19 @@ def shell_lines(page):
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             yield from (part.strip() for part in line.split("&&"))
+
+
+def commands(page):
+    """Words of the commands in the page's bash blocks, with the variables that the page sets before."""
+    variables = {}
+    for line in shell_lines(page):
+        line = re.sub(r"\$\{?(\w+)\}?", lambda match: variables.get(match[1], match[0]), line)
+        assigned = re.findall(r"""(\w+)=("[^"]*"|'[^']*'|\S*)""", re.sub("^export ", "", line))
+        if assigned and re.match(r"(export )?\w+=", line):
+            variables.update({name: value.strip("\"'") for name, value in assigned})
+        # What reaches over several lines, such as Python's, is no command of ours.
+        elif line.count('"') % 2 == 0 and line.count("'") % 2 == 0:
+            yield shlex.split(line, comments=True)
 
 
 def exported(package):
@@ -105,22 +119,76 @@ def test_reference_names_every_trainer_length_and_planner():
     assert [planner for planner in exported("planners") if f"`{planner}`" not in planners] == []
 
 
+class Parsed(Exception):
+    """Ends a command whose arguments its parser has taken."""
+
+
+def entry_of(words):
+    """The function that runs a command, and its arguments; None where it is neither nnU-Net's nor ours."""
+    if words[:2] == ["python", "-m"] and words[2].startswith("nnunet_oneshot."):
+        return importlib.import_module(words[2]).main, words[3:]
+    if words and (words[0] == "nnunet_oneshot" or words[0].startswith("nnUNetv2_")):
+        assert words[0] in console_scripts(), f"no such command: {words[0]}"
+        return console_scripts()[words[0]].load(), words[1:]
+    return None
+
+
+def check_arguments(words, monkeypatch, capsys):
+    """Gives a command to its own parser.
+
+    Raises:
+        AssertionError: The parser refuses it.
+    """
+    original = argparse.ArgumentParser.parse_args
+
+    def parse(self, args=None, namespace=None):
+        original(self, args, namespace)
+        raise Parsed
+
+    if (found := entry_of(words)) is None:
+        return
+    with monkeypatch.context() as changed:
+        changed.setattr(argparse.ArgumentParser, "parse_args", parse)
+        changed.setattr("sys.argv", [words[0], *found[1]])
+        try:
+            found[0](found[1]) if words[0] == "python" else found[0]()
+        except Parsed:
+            return
+        except SystemExit:
+            pass
+    raise AssertionError(f"{' '.join(words)}\n{capsys.readouterr().err}")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_quoted_commands_parse(page, capsys):
-    stock = {entry.name for entry in distribution("nnunetv2").entry_points}
-    for line in shell_lines(page):
-        # What a shell would hand over: assignments and substitutions play no part in parsing.
-        words = shlex.split(line, comments=True) if line.count('"') % 2 == 0 and line.count("'") % 2 == 0 else []
-        if words[:1] == ["nnunet_oneshot"]:
-            try:
-                build_parser().parse_args(words[1:])
-            except SystemExit:
-                pytest.fail(f"{line}\n{capsys.readouterr().err}")
-        elif words and words[0].startswith("nnUNetv2_"):
-            assert words[0] in stock
+def test_quoted_commands_parse(page, monkeypatch, capsys):
+    for words in commands(page):
+        check_arguments(words, monkeypatch, capsys)
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r"`nnunet_oneshot ([a-z][\w-]*)", text)) <= set(SUBPARSERS.choices)
-    assert set(re.findall(r"\bnnUNetv2_\w+", text)) <= stock
+    assert set(re.findall(r"\bnnUNetv2_\w+", text)) <= set(console_scripts())
+
+
+@pytest.mark.parametrize(
+    ("line", "parses"),
+    [
+        ("nnUNetv2_train 4 3d_fullres 0 $TR", True),
+        ("nnUNetv2_train 4 3d_fullres 0 -trainer X", False),
+        ("nnUNetv2_predict -d 4 -c 3d_fullres -i A -o B --nothing", False),
+        ("nnunet_oneshot register -d 4 -c 3d_fullres --nothing", False),
+        ("nnunet_oneshot nothing", False),
+        ("python -m nnunet_oneshot.benchmarks.scale --nothing", False),
+        ("nnUNetv2_nothing", False),
+    ],
+)
+def test_an_option_that_does_not_exist_is_found(line, parses, tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f'```bash\nTR="-tr OneShotDistillTrainer -p PLANS"\n{line}\n```\n', encoding="utf-8")
+    (words,) = commands(page)
+    if parses:
+        check_arguments(words, monkeypatch, capsys)
+    else:
+        with pytest.raises(AssertionError, match="nothing|-trainer"):
+            check_arguments(words, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

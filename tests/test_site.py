@@ -27,3 +27,18 @@ def test_the_first_page_has_one_picture_and_at_most_300_words():
     text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert len(re.findall(r"!\[", text)) == 1
     assert len(text.split()) <= 300
+
+
+def test_every_picture_is_shown_small_and_made_by_the_script():
+    shown = {
+        (page.parent / target).resolve()
+        for page in (ROOT / "docs").rglob("*.md")
+        for target in re.findall(r"!\[[^\]]+\]\(([^)\s]+\.png)\)", page.read_text(encoding="utf-8"))
+    }
+    pictures = set((ROOT / "docs" / "images").iterdir())
+    assert shown & pictures == pictures
+    assert [picture.name for picture in pictures if picture.stat().st_size > 250_000] == []
+    script = (ROOT / "docs" / "make_pictures.py").read_text(encoding="utf-8")
+    made = {f"report_{name}_{width}.png" for name in ("phantoms", "abdomens") for width in ("wide", "narrow")}
+    assert {picture.name for picture in pictures} == made | {"registration.png"}
+    assert all(f'"{word}"' in script for word in ("phantoms", "abdomens", "wide", "narrow", "registration.png"))

@@ -34,7 +34,9 @@ _BLOCK = re.compile(r"^([^\n]*)\n\n```bash\n(.*?)```$", re.DOTALL | re.MULTILINE
 
 def bash_blocks(text: str, *, without: str | None = None) -> list[str]:
     """The bash blocks of a page, except those whose introducing line is ``without``."""
-    return [block for line, block in _BLOCK.findall(text) if line != without]
+    found = _BLOCK.findall(text)
+    assert len(found) == text.count("```bash\n"), "a block without an introducing line and a blank line before it"
+    return [block for line, block in found if line != without]
 
 
 def console_scripts() -> dict:
@@ -77,18 +79,21 @@ def run_blocks(blocks: Sequence[str], folder: Path, tools: Path) -> list[list[st
 
         def say_when_it_ends() -> None:
             process.wait()
-            with Client(listener.address, authkey=_KEY) as runner:
+            with contextlib.suppress(OSError), Client(listener.address, authkey=_KEY) as runner:
                 runner.send(None)
 
         threading.Thread(target=say_when_it_ends).start()
-        while True:
-            with listener.accept() as shell:
-                if (request := shell.recv()) is None:
-                    break
-                ran.append(request[0])
-                shell.send(_run(*request))
+        try:
+            while True:
+                with listener.accept() as shell:
+                    if (request := shell.recv()) is None:
+                        break
+                    ran.append(request[0])
+                    shell.send(_run(*request))
+        finally:
+            process.kill()
         output.seek(0)
-        assert process.returncode == 0, f"{' '.join(ran[-1])}\n{output.read()}"
+        assert process.returncode == 0, f"the last command of {ran[-1:]} or after it\n{output.read()}"
     return ran
 
 

@@ -19,14 +19,14 @@ from tiny_dicom import write_series
 from nnunet_oneshot.environment import TRAINER_FOLDER
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-QUICK = {"registration": {"affine": False, "refine_iterations": [3, 3, 2]}, "distillation": {"round_cases": 1}}
-# Found before the package's own: trainers of the names that the tutorials use, with two iterations.
+QUICK = {"registration": {"affine": False, "refine_iterations": [3, 3, 2]}}
+# Found before the package's own: trainers of the names that the tutorials use, with one iteration.
 TRAINERS = """
 from nnunet_oneshot.trainers import OneShotDistillTrainer
 
 
 class Short(OneShotDistillTrainer):
-    epochs = 2
+    epochs = 1
 
     def initialize(self):
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 1
@@ -46,7 +46,7 @@ bash = pytest.mark.skipif(os.name == "nt" or shutil.which("bash") is None, reaso
 
 @pytest.fixture(autouse=True)
 def _short(tmp_path, monkeypatch):
-    """Trainings of two iterations, and quick registrations."""
+    """Trainings of one iteration, and quick registrations."""
     trainers = tmp_path / "trainers"
     trainers.mkdir()
     (trainers / "short_trainers.py").write_text(TRAINERS, encoding="utf-8")
@@ -82,6 +82,15 @@ def _write_patients(folder, number):
 
 
 @bash
+def test_a_command_that_fails_ends_the_blocks(tmp_path):
+    text = "Then:\n\n```bash\nnnunet_oneshot import nowhere -d 5 --label a b\ntouch after\n```\n"
+    with pytest.raises(AssertionError, match="nowhere"):
+        run_blocks(bash_blocks(text), tmp_path, tmp_path / "tools")
+    assert not (tmp_path / "after").exists()
+    assert bash_blocks(text, without="Then:") == []
+
+
+@bash
 def test_getting_started_goes_from_phantoms_to_scores(tmp_path):
     text = _section("getting_started.md", until="A fully labelled dataset as a simulation")
     ran = run_blocks(bash_blocks(text), tmp_path, tmp_path / "tools")
@@ -108,6 +117,14 @@ def test_own_scans_go_from_dicom_to_dicom(tmp_path):
     segmented = {path.stem for path in (tmp_path / "segmentations").iterdir()}
     assert segmented == {f"patient_{number:02d}" for number in range(1, 5)}
     assert "patient_02" in (tmp_path / "registrations.html").read_text(encoding="utf-8")
+
+
+def test_powershell_sets_what_bash_sets():
+    text = (DOCS / "tutorials" / "own_scans_from_dicom.md").read_text(encoding="utf-8")
+    (powershell,) = re.findall(r"```powershell\n(.*?)```", text, re.DOTALL)
+    (shell,) = (block for block in bash_blocks(text) if "export" in block)
+    values = dict(re.findall(r"\$(?:env:)?(\w+) = (\"[^\"]*\")", powershell))
+    assert len(values) == 6 and values == dict(re.findall(r"(\w+)=(\"[^\"]*\")", shell))
 
 
 def test_python_of_the_how_to_imports_and_plans(tmp_path, monkeypatch):

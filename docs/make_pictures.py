@@ -22,7 +22,7 @@ from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.commands import command_environment, run_command
 
 IMAGES = Path(__file__).resolve().parent / "images"
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _TRAINER = "OneShotDistillTrainer_5epochs"
 _ABDOMENS = "Dataset998_Abdomens"
 # Width and largest height, pixels of the page; a telephone has 390 of them beside each other.
@@ -40,13 +40,13 @@ def make_pictures(folder: Path) -> None:
     Raises:
         OneShotError: There is no browser, or a step failed.
     """
-    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        raise OneShotError(f"None of {', '.join(_BROWSERS)} is on the path: install Chromium.")
+        raise OneShotError(f"None of {', '.join(BROWSERS)} is on the path: install Chromium.")
     pages = {"phantoms": _phantoms(folder / "phantoms"), "abdomens": _abdomens(folder / "abdomens")}
     for name, page in pages.items():
         for width, size in (("wide", _WIDE), ("narrow", _NARROW)):
-            _photograph(browser, page, IMAGES / f"report_{name}_{width}.png", size)
+            photograph(browser, page, IMAGES / f"report_{name}_{width}.png", size)
     (registered,) = (folder / "phantoms" / "demo" / "nnUNet_preprocessed").rglob("phantom_005.png")
     _save(Image.open(registered), IMAGES / "registration.png")
 
@@ -88,7 +88,7 @@ def _run(folder: Path, commands: Sequence[Sequence[str]]) -> None:
         run_command(["nnunet_oneshot", *command], environment=environment, log_file=log, cwd=folder)
 
 
-def _photograph(browser: str, page: Path, out: Path, size: tuple[int, int]) -> None:
+def photograph(browser: str, page: Path, out: Path, size: tuple[int, int]) -> None:
     """Saves the top of a page as a browser of this width and height shows it."""
     width, height = size
     with tempfile.TemporaryDirectory() as name:

@@ -397,6 +397,10 @@ class OneShotConfig:
         seed: Seed of synthesis, network initialisation and registration.
         initial_lr: Learning rate with which a student on warped atlases or real images starts (AdamW). The CPU preset
             has 0.003: its networks have a quarter to half of nnU-Net's features and are trained for few iterations.
+        logit_adjustment: How far cross-entropy takes labels for equally frequent in the first epoch of a training on
+            warped atlases, so that small structures are found early: the logarithm of each label's share of the atlas
+            is added to its logit, times this and a factor that falls from 1 to 0 over the epochs. 0 leaves nnU-Net's
+            loss as it is.
         precision: Of the convolutions in trainings: ``"auto"`` (bfloat16 on a processor that computes it in hardware,
             nnU-Net's mixed precision on CUDA, float32 elsewhere) or ``"float32"`` (no bfloat16 on a processor).
         mirror_axes: ``"auto"`` (mirroring is left out on every axis on which it would exchange labels of the atlas, or
@@ -413,6 +417,7 @@ class OneShotConfig:
     atlases: tuple[str, ...] | None = setting(None, Names())
     seed: int = setting(12345, Whole(0, 2**32 - 1))
     initial_lr: float = setting(1e-3, _STEP_SIZE)
+    logit_adjustment: float = setting(1.0, _SHARE)
     precision: str = setting("auto", Choice(("auto", "float32")))
     mirror_axes: str | tuple[int, ...] = setting("auto", Axes())
     progress_cases: int = setting(8, Whole())

@@ -25,6 +25,8 @@ RELIED_ON = (
     "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer.on_validation_epoch_end",
     "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer._set_batch_size_and_oversample",
     "nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam:nnUNetTrainerAdam.configure_optimizers",
+    "nnunetv2.training.loss.compound_losses:DC_and_CE_loss.forward",
+    "nnunetv2.training.loss.compound_losses:DC_and_BCE_loss.forward",
     "nnunetv2.training.logging.nnunet_logger:MetaLogger.log",
     "nnunetv2.run.run_training:run_ddp",
     "nnunetv2.run.run_training:maybe_load_checkpoint",

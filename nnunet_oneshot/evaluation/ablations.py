@@ -36,6 +36,7 @@ def _distillation(name: str, meaning: str, **settings: Any) -> None:
     _ablation(name, meaning, distillation=settings)
 
 
+_ablation("no-logit-adjustment", "Cross-entropy is nnU-Net's from the start.", logit_adjustment=0)
 _distillation("no-hint", "No hint; no teacher is trained.", hint="none")
 _distillation("hint-in-every-step", "Teacher and hint take part in every step.", hint_interval=1)
 _distillation(

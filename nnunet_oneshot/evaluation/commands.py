@@ -59,6 +59,8 @@ def command_environment(
             environment[name] = str(Path(folder).absolute())
     environment[VARIABLE] = ext_trainer_value(environment.get(VARIABLE))
     environment["PYTHONUNBUFFERED"] = "1"
+    # Threads that spin while they wait take the cores from the processes that make patches.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.update(variables or {})
     return environment
 

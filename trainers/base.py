@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cached_property
@@ -86,6 +87,7 @@ class OneShotTrainer(CascadeTrainer):
         self._roles: CaseRoles | None = None
         self._scored_cases: list[str] | None = None
         self._progress = Progress(0, "", show=False)
+        self._begun = time.monotonic()
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         """The training and the progress loader.
@@ -114,6 +116,7 @@ class OneShotTrainer(CascadeTrainer):
         self._take_lock("training")
         end_workers_with_this_process()
         self._check_settings()
+        self._begun = time.monotonic()
         # nnU-Net copies its fingerprint to the results, and stops where there is none.
         own = BLOCK in self.plans_manager.plans
         with fingerprint_standing_in(nnunet_trainer_module, self.prepared.base) if own else nullcontext():
@@ -167,6 +170,7 @@ class OneShotTrainer(CascadeTrainer):
             f"Epoch {self.current_epoch}",
             later=(self.num_epochs - self.current_epoch - 1) * self.num_iterations_per_epoch,
             show=self.local_rank == 0,
+            begun=self._begun,
         )
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:

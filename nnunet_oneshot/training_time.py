@@ -157,7 +157,7 @@ def tell_training_time(
 def epoch_seconds(times: dict[str, Any]) -> tuple[float, float, float]:
     """Seconds of an iteration, of waiting in it, and of a whole epoch.
 
-    The first third of what was timed is left out: what is made only once falls into it, and batches that were made
+    The first half of what was timed is left out: what is made only once falls into it, and batches that were made
     before.
 
     Args:
@@ -166,7 +166,7 @@ def epoch_seconds(times: dict[str, Any]) -> tuple[float, float, float]:
             has, and ``end`` what else an epoch costs.
     """
     training = [Iteration(wait, step, bool(teaches)) for wait, step, teaches in times["training"]]
-    settled = training[len(training) // 3 :]
+    settled = training[len(training) // 2 :]
     # With few steps, the only one with a teacher may be the first.
     alone, taught = (
         [one.step for one in settled if one.teaches is kind] or [one.step for one in training if one.teaches is kind]
@@ -177,7 +177,7 @@ def epoch_seconds(times: dict[str, Any]) -> tuple[float, float, float]:
     step = (1 - share) * np.mean(alone or taught) + (share * np.mean(taught) if share else 0.0)
     wait = np.mean([one.wait for one in settled])
     validation = times.get("validation") or [[0.0, 0.0, 0.0]]
-    checks = np.mean([wait + step for wait, step, _ in validation[len(validation) // 3 :]])
+    checks = np.mean([wait + step for wait, step, _ in validation[len(validation) // 2 :]])
     number, checked = times["per_epoch"]
     return float(step + wait), float(wait), float(number * (step + wait) + checked * checks + times.get("end", 0.0))
 

@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -311,7 +312,7 @@ class OneShotTrainer(CascadeTrainer):
     def print_to_log_file(self, *args, **options) -> None:
         # nnU-Net lets all ranks print what is the same in all of them.
         if self.local_rank == 0:
-            super().print_to_log_file(*args, **options)
+            super().print_to_log_file(*map(_readable, args), **options)
 
     def _validate(self, save_probabilities: bool) -> None:
         fold = self._fold()
@@ -414,6 +415,13 @@ class OneShotTrainer(CascadeTrainer):
 
     def _load_atlas_segs(self) -> list:
         return [self.prepared.segmentation(case) for case in self.roles.atlases]
+
+
+def _readable(part: Any) -> Any:
+    """A part of a line of the log; numbers of numpy in a list are shown as numbers."""
+    if not isinstance(part, list):
+        return part
+    return [round(float(value), 4) if isinstance(value, np.floating) else value for value in part]
 
 
 def _check_supported(plans: dict, configuration: str) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,20 +68,7 @@ def run_demo(
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         log(f'$ export {name}="{environment[name]}"')
 
-    done: list[CommandResult] = []
-    steps = _steps(trainer)
-    for number, step in enumerate(steps, start=1):
-        log(f"Step {number} of {len(steps)}: {step.what}")
-        log("$ " + " ".join(step.arguments))
-        result = run_command(
-            step.arguments,
-            environment=environment,
-            log_file=out / "logs" / f"{number}_{step.arguments[0]}.txt",
-            cwd=out,
-            watch=Watch(step.describe, pause=_PAUSE_SECONDS),
-        )
-        log(f"  done in {result.seconds:.0f} s")
-        done.append(result)
+    done = _run(_steps(trainer), out, environment, log)
     report = write_report(
         out,
         raw=raw,
@@ -95,6 +82,26 @@ def run_demo(
     log(f"Mean Dice on the test phantoms: student {mean['student']:.3f}, label propagation {mean['propagation']:.3f}")
     log(f"Scores and pictures, for a browser: {out / 'report.html'}")
     return report
+
+
+def _run(
+    steps: Sequence[_Step], out: Path, environment: Mapping[str, str], log: Callable[[str], None]
+) -> list[CommandResult]:
+    """Runs the steps one after the other, and tells what each is for and does."""
+    done = []
+    for number, step in enumerate(steps, start=1):
+        log(f"Step {number} of {len(steps)}: {step.what}")
+        log("$ " + " ".join(step.arguments))
+        result = run_command(
+            step.arguments,
+            environment=environment,
+            log_file=out / "logs" / f"{number}_{step.arguments[0]}.txt",
+            cwd=out,
+            watch=Watch(step.describe, pause=_PAUSE_SECONDS),
+        )
+        log(f"  done in {result.seconds:.0f} s")
+        done.append(result)
+    return done
 
 
 @dataclass(frozen=True)

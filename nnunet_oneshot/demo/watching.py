@@ -12,6 +12,7 @@ _STAMP = r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+): "
 _EPOCH = re.compile(rf"^{_STAMP}Epoch (\d+)\s*$", re.MULTILINE)
 _LENGTH = re.compile(r", (\d+) epochs?\.")
 _EPOCH_TIME = re.compile(r"Epoch time: ([\d.]+) s")
+_LEFT = re.compile(r"^Epoch 0: .*, (\S+ \S+) until all is done", re.MULTILINE)
 _PSEUDO_DICE = re.compile(r"Pseudo dice \[(.*)\]")
 _NUMBER = re.compile(r"\d+\.\d+")
 _REGISTERED = re.compile(r"^Registering: (.+)$", re.MULTILINE)
@@ -43,7 +44,8 @@ def what_training_does(log: Path, now: datetime | None = None) -> str:
         return f"after epoch {len(ended)} of {total}{dice}: the student guides a second registration"
     epoch = f"epoch {min(int(number) + 1 + (len(ended) == len(begun)), total)} of {total}{dice}"
     if not ended:
-        return f"{epoch}, time left is not known yet"
+        told = _LEFT.findall(text)
+        return f"{epoch}, about {told[-1]} left" if told else f"{epoch}, time left is not known yet"
     passed = ((now or datetime.now()) - datetime.fromisoformat(stamp)).total_seconds() if len(ended) < len(begun) else 0
     mean = sum(ended) / len(ended)
     left = max(0.0, mean - passed) + mean * (total - len(ended) - 1)

@@ -26,6 +26,10 @@ Epoch 1: 60 of 250, 0.1 s each, 19 s left, 2 min until all is done
     [
         ("", "starting the training"),
         (BEGINNING, "epoch 1 of 5, time left is not known yet"),
+        (
+            BEGINNING + "Epoch 0: 9 of 250, 0.1 s each, 24 s left, 2 min until all is done\n",
+            "epoch 1 of 5, about 2 min left",
+        ),
         (BEGINNING + ENDED, "epoch 2 of 5, pseudo Dice 0.85, about 80 s left"),
         (BEGINNING + ENDED + NEXT, "epoch 2 of 5, pseudo Dice 0.85, about 72 s left"),
         (

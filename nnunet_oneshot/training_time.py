@@ -263,7 +263,7 @@ def _time_epoch(trainer: Any, times: dict[str, Any], save: Callable[[], None]) -
 
         times[kind] = []
         started = time.perf_counter()
-        while len(outputs) < 2 or (len(outputs) < most and time.perf_counter() - started < seconds):
+        while not outputs or (len(outputs) < most and time.perf_counter() - started < seconds):
             one = timed_iteration(loader, noted, synchronise)
             times[kind].append([one.wait, one.step, float(one.teaches)])
             save()

@@ -175,6 +175,8 @@ def _machine() -> Iterator[Finding]:
 
 def _dataset(dataset: str, configuration: str | None, plans_name: str | None) -> tuple[list[Finding], str]:
     """Raw files, plans, preprocessed cases and registrations, up to the first that is missing; and what to do next."""
+    from nnunet_oneshot.training_time import training_time
+
     raw = list(_raw(dataset))
     try:
         prepared, next_step = _prepared(dataset, configuration, plans_name)
@@ -183,6 +185,9 @@ def _dataset(dataset: str, configuration: str | None, plans_name: str | None) ->
         if any(finding.kind == "problem" for finding in raw):
             next_step = "mend the raw dataset, then this command again"
         return [*raw, Finding("problem", f"Not ready for training: {error}")], next_step
+    if next_step.startswith(("nnunet_oneshot register", "nnUNetv2_train")) and not next_step.endswith(" --c"):
+        chosen = _chosen(dataset, configuration, plans_name)
+        prepared.append(Finding("fine", training_time(dataset, *chosen)))
     # Training reads the raw files no more.
     return [replace(one, kind="note") if one.kind == "problem" else one for one in raw] + prepared, next_step
 

@@ -105,7 +105,9 @@ def build_predictor(
     """
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type != "cpu", allow_tqdm=False)
+    # On a processor nnU-Net tells of its own default as of a mistake.
+    with contextlib.redirect_stdout(io.StringIO()):
+        predictor = nnUNetPredictor(device=device, perform_everything_on_device=device.type != "cpu", allow_tqdm=False)
     # A network in memory serves a few images; compiling it costs more than it saves.
     with _variable("nnUNet_compile", None):
         predictor.manual_initialization(

@@ -1,4 +1,4 @@
-"""How far a long step is: a bar in a terminal, and a line about every minute in a log file."""
+"""How far a long step is: a bar in a terminal; in a log file a line a minute, at first one every ten seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-_PAUSE_SECONDS = 60.0
+_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS = 60.0, 10.0
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 
@@ -26,6 +26,8 @@ class Progress:
         description: What they are, such as ``"Registering"``.
         later: How many such steps come after these, whose time is told too.
         show: Whether anything is shown.
+        begun: When that of which these steps are a part began, by ``clock``; None is now. In the minute after it more
+            lines are shown.
         clock: Gives the time, s.
     """
 
@@ -36,12 +38,14 @@ class Progress:
         *,
         later: int = 0,
         show: bool = True,
+        begun: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._description, self._later, self._clock = total, description, later, clock
         self._done = 0
         self._first: tuple[int, float] | None = None
         self._told = clock()
+        self._begun = self._told if begun is None else begun
         is_terminal = show and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=description, bar_format=_BAR) if is_terminal else None
         self._lines = show and not is_terminal
@@ -55,9 +59,12 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self.estimate(), refresh=False)
             self._bar.update(number)
-        elif self._lines and (now - self._told >= _PAUSE_SECONDS):
+        elif self._lines and self._done < self._total and now - self._told >= self._pause(now):
             self._told = now
             print(f"{self._description}: {self._done} of {self._total}, {self.estimate()}", file=sys.stderr, flush=True)
+
+    def _pause(self, now: float) -> float:
+        return _FIRST_PAUSE_SECONDS if now - self._begun < _PAUSE_SECONDS else _PAUSE_SECONDS
 
     def estimate(self) -> str:
         """Speed and time left, in words; before two steps are done, that they are not known."""
@@ -92,10 +99,15 @@ def tracked(steps: Iterable[T], total: int, description: str) -> Iterator[T]:
 
 
 class Status:
-    """What goes on where nothing can be counted: in a terminal a line that is written over, else one about a minute."""
+    """What goes on where nothing can be counted: in a terminal a line that is written over, else one now and then.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    Args:
+        clock: Gives the time, s.
+        pause: Seconds between lines where there is no terminal.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, pause: float = _PAUSE_SECONDS) -> None:
+        self._clock, self._pause = clock, pause
         self._told = clock()
 
     def tell(self, text: str) -> None:
@@ -104,7 +116,7 @@ class Status:
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
             print(f"\r{text[:width]:<{width}}", end="", file=sys.stderr, flush=True)
-        elif now - self._told >= _PAUSE_SECONDS:
+        elif now - self._told >= self._pause:
             self._told = now
             print(text, file=sys.stderr, flush=True)
 

@@ -61,6 +61,8 @@ def _spare_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.delenv("nnUNet_oneshot_overrides", raising=False)
+    # It starts a process of its own; tests/test_training_time.py asks for it.
+    monkeypatch.setattr("nnunet_oneshot.training_time.training_time", lambda *_: "Training time: not estimated.")
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_a_dataset_is_followed_from_raw_files_to_the_model(prepared_dataset, cap
     status, problems, text, line = examine(capsys, "-d", number)
     assert (status, problems) == (0, [])
     assert "4 training cases, 1 of them labelled" in text and "atlas case_00" in text
-    assert "3 of 3 registrations are missing" in text
+    assert "3 of 3 registrations are missing" in text and "Training time" in text
     assert line == f"nnunet_oneshot register -d {number} -c 3d_fullres -p {PLANS}"
     assert sorted(path for path in dataset.preprocessed.rglob("*")) == before
 
@@ -47,7 +47,7 @@ def test_a_dataset_is_followed_from_raw_files_to_the_model(prepared_dataset, cap
     (fold / "checkpoint_latest.pth").touch()
     line = examine(capsys, "-d", number)[3]
     assert line.startswith(f"nnUNetv2_train {number} 3d_fullres all -tr OneShotDistillTrainer_20epochs ")
-    assert line.endswith(" --c")
+    assert line.endswith(" --c") and "Training time" not in examine(capsys, "-d", number)[2]
     (fold / "checkpoint_final.pth").touch()
     assert "nnUNetv2_predict" in examine(capsys, "-d", number)[3]
 

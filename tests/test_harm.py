@@ -142,7 +142,7 @@ def test_a_killed_planning_leaves_nothing_after_the_next(tiny_dataset):
 
 def planning(dataset):
     command = [sys.executable, "-m", "nnunet_oneshot.cli", "plan_and_preprocess", "-d", str(dataset.id), "--no_pbar"]
-    return [*command, "-pl", "OneShotCPUPlanner", "-c", "3d_fullres"]
+    return [*command, "-pl", "OneShotCPUPlanner", "-c", "3d_fullres", "--no_estimate"]
 
 
 def wait_for(found, seconds=60.0):

@@ -41,20 +41,28 @@ def test_a_first_batch_does_not_count_either_and_later_steps_are_told():
     assert progress.estimate() == "2 s each, 5 min left, 30 min until all is done"
 
 
-def test_a_log_gets_a_line_a_minute_and_none_for_a_short_step(capsys):
+def take_steps(progress, clock, steps):
+    for _ in range(steps):
+        clock.now += 1
+        progress.update()
+
+
+def test_a_log_gets_a_line_every_ten_seconds_and_after_a_minute_one_a_minute(capsys):
     clock = Clock()
     with Progress(1000, "Registering", clock=clock) as progress:
-        for _ in range(59):
-            clock.now += 1
-            progress.update()
+        take_steps(progress, clock, 9)
         assert capsys.readouterr().err == ""
-        for _ in range(91):
-            clock.now += 1
-            progress.update()
-    assert capsys.readouterr().err.splitlines() == [
-        "Registering: 60 of 1000, 1 s each, 16 min left",
-        "Registering: 120 of 1000, 1 s each, 15 min left",
-    ]
+        take_steps(progress, clock, 171)
+    told = [int(line.split()[1]) for line in capsys.readouterr().err.splitlines()]
+    assert told == [10, 20, 30, 40, 50, 110, 170]
+
+
+def test_a_later_part_of_a_long_step_is_told_once_a_minute_and_its_end_not_at_all(capsys):
+    clock = Clock()
+    clock.now = 1000
+    with Progress(120, "Epoch 7", begun=0.0, clock=clock) as progress:
+        take_steps(progress, clock, 120)
+    assert capsys.readouterr().err == "Epoch 7: 60 of 120, 1 s each, 60 s left\n"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):

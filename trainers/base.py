@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import cached_property
@@ -11,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, maybe_mkdir_p
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -86,6 +88,7 @@ class OneShotTrainer(CascadeTrainer):
         self._roles: CaseRoles | None = None
         self._scored_cases: list[str] | None = None
         self._progress = Progress(0, "", show=False)
+        self._begun = time.monotonic()
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         """The training and the progress loader.
@@ -114,6 +117,7 @@ class OneShotTrainer(CascadeTrainer):
         self._take_lock("training")
         end_workers_with_this_process()
         self._check_settings()
+        self._begun = time.monotonic()
         # nnU-Net copies its fingerprint to the results, and stops where there is none.
         own = BLOCK in self.plans_manager.plans
         with fingerprint_standing_in(nnunet_trainer_module, self.prepared.base) if own else nullcontext():
@@ -167,6 +171,7 @@ class OneShotTrainer(CascadeTrainer):
             f"Epoch {self.current_epoch}",
             later=(self.num_epochs - self.current_epoch - 1) * self.num_iterations_per_epoch,
             show=self.local_rank == 0,
+            begun=self._begun,
         )
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -307,7 +312,7 @@ class OneShotTrainer(CascadeTrainer):
     def print_to_log_file(self, *args, **options) -> None:
         # nnU-Net lets all ranks print what is the same in all of them.
         if self.local_rank == 0:
-            super().print_to_log_file(*args, **options)
+            super().print_to_log_file(*map(_readable, args), **options)
 
     def _validate(self, save_probabilities: bool) -> None:
         fold = self._fold()
@@ -410,6 +415,13 @@ class OneShotTrainer(CascadeTrainer):
 
     def _load_atlas_segs(self) -> list:
         return [self.prepared.segmentation(case) for case in self.roles.atlases]
+
+
+def _readable(part: Any) -> Any:
+    """A part of a line of the log; numbers of numpy in a list are shown as numbers."""
+    if not isinstance(part, list):
+        return part
+    return [round(float(value), 4) if isinstance(value, np.floating) else value for value in part]
 
 
 def _check_supported(plans: dict, configuration: str) -> None:

@@ -115,7 +115,7 @@ def plan(check: Check) -> list[Row]:
     if not check.small:
         _enlarge(raw, 5)
     command = ["nnunet_oneshot", "plan_and_preprocess", "-d", "999", "-c", _CONFIGURATION, "--no_pbar", "-np", "1"]
-    command += ["-pl", "OneShotCPUPlanner" if check.small else "OneShotPlanner"]
+    command += ["--no_estimate", "-pl", "OneShotCPUPlanner" if check.small else "OneShotPlanner"]
     command += [] if check.small else ["-gpu_memory_target", str(check.target)]
     done = run_command(command, environment=command_environment(), log_file=check.out / "plan_and_preprocess.log")
     manager = check.prepared().configuration_manager

@@ -190,7 +190,7 @@ def _plan(folder: Path, environment: dict[str, str]) -> None:
     description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "ball": 1}, "numTraining": _TEMPLATES}
     save_json_atomic({**description, "file_ending": ".nii.gz"}, raw / "dataset.json")
     plan = ["plan_and_preprocess", "-d", _NAME, "-pl", "OneShotCPUPlanner", "-c", _CONFIGURATION, "-np", "1"]
-    _call(["nnunet_oneshot.cli", *plan, "--no_pbar"], environment)
+    _call(["nnunet_oneshot.cli", *plan, "--no_pbar", "--no_estimate"], environment)
 
 
 def _multiply(base: Path, cases: int) -> None:

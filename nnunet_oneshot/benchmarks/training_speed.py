@@ -10,13 +10,11 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 
 from nnunet_oneshot.data.fingerprint import lent_fingerprint
 from nnunet_oneshot.data.prepared import PreparedDataset
@@ -24,6 +22,7 @@ from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
 from nnunet_oneshot.errors import exit_status
 from nnunet_oneshot.tables import markdown_table
+from nnunet_oneshot.training_time import first_epoch, synchroniser, timed_iteration
 
 TRAINERS = ("nnUNetTrainer", "OneShotSynthesisTrainer", "OneShotDistillTrainer")
 
@@ -74,24 +73,15 @@ def measure(
     # nnU-Net's own trainer needs its fingerprint; ours do not.
     with lent_fingerprint(prepared.base):
         trainer.on_train_start()
-    trainer.on_train_epoch_start()
-    waits, steps = [], []
-    try:
-        for _ in range(warm_up + iterations):
-            started = time.perf_counter()
-            batch = next(trainer.dataloader_train)
-            ready = time.perf_counter()
-            trainer.train_step(batch)
-            if is_cuda:
-                torch.cuda.synchronize(device)
-            waits.append(ready - started)
-            steps.append(time.perf_counter() - ready)
-    finally:
-        for loader in (trainer.dataloader_train, trainer.dataloader_val):
-            if isinstance(loader, MultiThreadedAugmenter):
-                loader._finish()
+    synchronise = synchroniser(device)
+    with first_epoch(trainer):
+        timed = [
+            timed_iteration(trainer.dataloader_train, trainer.train_step, synchronise)
+            for _ in range(warm_up + iterations)
+        ][warm_up:]
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if is_cuda else None
-    return Speed(name, float(np.mean(steps[warm_up:])), float(np.mean(waits[warm_up:])), memory)
+    step, wait = (float(np.mean(seconds)) for seconds in zip(*((one.step, one.wait) for one in timed), strict=True))
+    return Speed(name, step, wait, memory)
 
 
 def report(speeds: Sequence[Speed]) -> str:

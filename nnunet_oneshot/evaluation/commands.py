@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunet_oneshot.environment import VARIABLE, ext_trainer_value
@@ -36,6 +36,19 @@ class CommandResult:
     line: str
     seconds: float
     peak_memory_mb: float | None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is shown while a command runs.
+
+    Attributes:
+        describe: Says what the command does, from its log.
+        pause: Seconds between lines where there is no terminal.
+    """
+
+    describe: Callable[[Path], str] = field(default_factory=lambda: last_line)
+    pause: float = 60.0
 
 
 def command_environment(
@@ -64,7 +77,13 @@ def command_environment(
 
 
 def run_command(
-    arguments: Sequence[str], *, environment: Mapping[str, str], log_file: str | Path, cwd: str | Path | None = None
+    arguments: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    log_file: str | Path,
+    cwd: str | Path | None = None,
+    limit: float | None = None,
+    watch: Watch | None = None,
 ) -> CommandResult:
     """Runs one command, its output going to a log file.
 
@@ -73,8 +92,11 @@ def run_command(
         environment: See `command_environment`.
         log_file: Overwritten.
         cwd: Working folder.
+        limit: Seconds after which the command is ended; None for none.
+        watch: Tells what is shown meanwhile; None shows the last line of the log.
 
     Raises:
+        TimeoutError: The command took longer than ``limit``.
         OneShotError: The command does not exist or ends with a status other than 0; the message holds the log's end.
     """
     line = shlex.join(arguments)
@@ -96,7 +118,7 @@ def run_command(
             pass_fds=() if ending_with_parent() else held_descriptors(),
         )
         try:
-            status, peak = _wait(process, log_file)
+            status, peak = _wait(process, log_file, limit=limit, watch=watch or Watch())
         except BaseException:
             _stop(process)
             raise
@@ -116,9 +138,9 @@ def _stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _wait(process: subprocess.Popen, log_file: Path) -> tuple[int, float | None]:
-    """Exit status of a process and its peak memory in MiB; meanwhile the end of its log is shown."""
-    start, shown = time.monotonic(), Status()
+def _wait(process: subprocess.Popen, log_file: Path, *, limit: float | None, watch: Watch) -> tuple[int, float | None]:
+    """Exit status of a process and its peak memory in MiB; meanwhile it is told what the process does."""
+    start, shown = time.monotonic(), Status(pause=watch.pause)
     try:
         while True:
             if not hasattr(os, "wait4"):
@@ -131,8 +153,10 @@ def _wait(process: subprocess.Popen, log_file: Path) -> tuple[int, float | None]
             waited = time.monotonic() - start
             # Short commands are not made longer.
             time.sleep(min(1.0, 0.01 + waited / 20))
+            if limit is not None and waited > limit:
+                raise TimeoutError
             if waited > 1:
-                shown.tell(f"  {duration(waited)}: {_last_line(log_file)}")
+                shown.tell(f"  {duration(waited)}: {watch.describe(log_file)}")
     finally:
         shown.clear()
     process.returncode = os.waitstatus_to_exitcode(raw_status)
@@ -140,7 +164,8 @@ def _wait(process: subprocess.Popen, log_file: Path) -> tuple[int, float | None]
     return process.returncode, usage.ru_maxrss / unit
 
 
-def _last_line(log_file: Path) -> str:
+def last_line(log_file: Path) -> str:
+    """The last line of a log that is not empty."""
     with open(log_file, "rb") as log:
         log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
         lines = log.read().decode(errors="replace").replace("\r", "\n").split("\n")

@@ -36,6 +36,26 @@ def test_failing_command_shows_the_end_of_its_output(tmp_path):
         )
 
 
+def test_a_command_that_takes_too_long_is_ended(tmp_path):
+    with pytest.raises(TimeoutError):
+        commands.run_command(
+            ["python", "-c", "import time; time.sleep(600)"],
+            environment=commands.command_environment(),
+            log_file=tmp_path / "log.txt",
+            limit=0.3,
+        )
+
+
+def test_what_a_command_does_is_told_from_its_log(tmp_path, capsys):
+    commands.run_command(
+        ["python", "-c", "import time; print('x', flush=True); time.sleep(2)"],
+        environment=commands.command_environment(),
+        log_file=tmp_path / "log.txt",
+        watch=commands.Watch(lambda log: f"it wrote {log.read_text().strip()}", pause=0.5),
+    )
+    assert "s: it wrote x" in capsys.readouterr().err
+
+
 def test_missing_command_is_named(tmp_path):
     with pytest.raises(OneShotError, match="no_such_command_here"):
         commands.run_command(["no_such_command_here"], environment={}, log_file=tmp_path / "log.txt")
@@ -59,7 +79,7 @@ def test_interruption_ends_the_workers_of_a_command(tmp_path, monkeypatch):
     )
     log = tmp_path / "log.txt"
 
-    def interrupted(process, log_file):
+    def interrupted(process, log_file, **_):
         while not log.read_text().strip():
             time.sleep(0.05)
         raise KeyboardInterrupt
@@ -93,6 +113,7 @@ def test_demonstration_runs_every_command(tmp_path):
     typed = [line.split()[1] for line in lines if line.startswith("$ nn")]
     assert typed.count("nnUNetv2_train") == typed.count("nnUNetv2_predict") == 1
     assert len(report["commands"]) == len([line for line in lines if line.startswith("$ nn")])
+    assert "Step 3 of 8: train the student" in lines
     assert report["mean_dice"]["propagation"] > 0.4
     assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
     assert (tmp_path / "out" / "exported_model" / "fold_0" / "checkpoint_final.pth").is_file()

@@ -89,6 +89,7 @@ def registered(tiny_dataset, shared, monkeypatch):
         shutil.copytree(kept, dataset.preprocessed)
         return dataset
     plan = ["plan_and_preprocess", "-d", str(dataset.id), "-pl", "OneShotCPUPlanner", "-c", "3d_fullres", "--no_pbar"]
+    plan.append("--no_estimate")
     assert main([*plan, "--atlas", "case_00"]) == 0
     (dataset.preprocessed / "splits_final.json").write_text(
         json.dumps([{"train": dataset.cases[:4], "val": dataset.cases[4:]}])

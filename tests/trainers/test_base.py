@@ -46,6 +46,7 @@ def test_training_writes_what_nnunet_reads(name, prepare, make_trainer, short, s
     assert not os.path.exists(os.path.join(folder, "checkpoint_latest.pth"))
     assert not os.path.exists(os.path.join(folder, "checkpoint_latest_teacher.pth"))
     assert not [file for file in os.listdir(folder) if file.startswith(".partial")]
+    assert "Pseudo dice [" in log_of(trainer) and "np.float" not in log_of(trainer)
 
 
 @pytest.mark.parametrize("name", WARPING)

@@ -1,9 +1,12 @@
 """Trainings on two ranks: by nnU-Net's own command, and step by step."""
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from two_ranks import on_ranks, run_ddp
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.locks import free
+from nnunet_oneshot.ranks import Ranks, _tell_when_ended
 
 PLANS = "nnUNetOneShotCPUPlans"
 OTHERS = ["OneShotAtlasTrainer_1epoch", "OneShotPropagationTrainer_1epoch", "OneShotSynthesisTrainer_1epoch"]
@@ -210,6 +214,34 @@ def test_ranks_that_lose_one_say_so(when, survivor, prepare, tmp_path):
     assert found[survivor].startswith("OneShotError: Another of the 2 processes") and "--c" in found[survivor]
 
 
+def ended_while_it_waits():
+    """The first rank ends the second as nnU-Net's command does; returns how a forked worker ended before."""
+    ranks = Ranks()
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    worker.terminate()
+    worker.join(30)
+    pids = ranks.gathered([os.getpid()])
+    try:
+        ranks.once(lambda: os.kill(pids[1], signal.SIGTERM) or time.sleep(1))
+    except OneShotError as error:
+        return worker.exitcode, str(error)
+    return worker.exitcode, "not missed"
+
+
+def test_a_rank_that_nnunet_ends_says_so_even_while_it_waits(tmp_path, capfd):
+    (code, message), nothing = on_ranks(ended_while_it_waits, tmp_path)
+    assert code == -signal.SIGTERM and nothing is None and message.startswith("Another of the 2 processes")
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: Process 1 of the 2 processes") and "its own message says why" in line
+
+
+def test_a_rank_whose_command_was_killed_while_it_started_ends(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getppid() + 1))
+    with pytest.raises(SystemExit, match=r"error: The command that started process 0 .* was killed"):
+        _tell_when_ended(0, 2)
+
+
 def refused(preprocessed):
     (preprocessed / "splits_final.json").write_text("[]")
     make(preprocessed, "OneShotSynthesisTrainer_5epochs").run_training()
@@ -222,8 +254,6 @@ def test_what_stops_the_first_rank_is_told_by_all(prepare, tmp_path):
 
 @pytest.mark.parametrize(("size", "batch_dice", "message"), [(1, False, "one sample"), (3, True, "equal parts")])
 def test_batches_that_cannot_be_divided_are_refused(size, batch_dice, message, prepare, monkeypatch):
-    from nnunet_oneshot.ranks import Ranks
-
     dataset = prepare()
     monkeypatch.setattr(Ranks, "__init__", lambda self: setattr(self, "count", 2))
     with pytest.raises(OneShotError, match=message):

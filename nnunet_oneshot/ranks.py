@@ -23,8 +23,8 @@ from nnunet_oneshot.seeding import derive_seed
 _LONGEST_WAIT = timedelta(days=100)
 
 _WHY = (
-    "its own message says why. Where it has none, it was killed, most often because memory ran out. Go on from the last "
-    "checkpoint with --c."
+    "its own message says why. Where it has none, it was killed, most often because memory ran out. Go on from the "
+    "last checkpoint with --c."
 )
 
 _Result = TypeVar("_Result")

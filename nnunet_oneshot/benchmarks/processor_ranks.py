@@ -1,6 +1,6 @@
 """``nnUNetv2_train -num_gpus N`` on processors: ``python -m nnunet_oneshot.benchmarks.processor_ranks 999 ...``.
 
-It takes the command's arguments. Gloo and the processor are put in the place of NCCL and the GPUs; all else is nnU-Net's.
+It takes the command's arguments. Gloo and the processor stand in for NCCL and the GPUs; all else is nnU-Net's.
 """
 
 from __future__ import annotations

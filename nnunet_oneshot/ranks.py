@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,8 @@ from nnunet_oneshot.seeding import derive_seed
 
 # Registrations of many cases take hours, during which other ranks wait; NCCL's own limit is ten minutes.
 _LONGEST_WAIT = timedelta(days=100)
+
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 _WHY = (
     "its own message says why. Where it has none, it was killed, most often because memory ran out. Go on from the "
@@ -128,7 +131,7 @@ def _is_about_ranks(error: RuntimeError) -> bool:
 
 @lru_cache(maxsize=1)
 def _tell_when_ended(own: int, count: int) -> None:
-    """From now on this rank says a sentence when it is ended by SIGTERM; it ends now where nothing would end it.
+    """From now on this rank says a sentence when it is ended by SIGTERM, also with the command that started it.
 
     When one rank has ended, ``nnUNetv2_train`` ends the others so, mostly before they miss it themselves. Python would
     run a handler only where the main thread returns to it, which may wait for the lost rank; a thread is told at once.
@@ -137,9 +140,6 @@ def _tell_when_ended(own: int, count: int) -> None:
     is_main = threading.current_thread() is threading.main_thread()
     if os.name != "posix" or parent is None or not is_main:
         return
-    if os.getppid() != parent.pid:
-        # It was killed before torch asked the system to end its ranks with it.
-        raise SystemExit(f"error: The command that started process {own} of this training was killed: give it again.")
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
 
@@ -147,8 +147,8 @@ def _tell_when_ended(own: int, count: int) -> None:
         while signal.SIGTERM not in os.read(reads, 1):
             pass
         print(
-            f"error: Process {own} of the {count} processes of this training was ended (SIGTERM). nnU-Net does this "
-            f"when another one has ended: {_WHY}",
+            f"error: Process {own} of the {count} processes of this training was ended (SIGTERM). This happens when "
+            f"another one, or the command that started them, has ended: {_WHY}",
             file=sys.stderr,
             flush=True,
         )
@@ -163,6 +163,11 @@ def _tell_when_ended(own: int, count: int) -> None:
         after_in_child=_end_as_usual,
     )
     threading.Thread(target=tell, daemon=True).start()
+    if sys.platform == "linux":
+        # torch asks for SIGINT when the command is killed, which is ignored in what runs in the background of a script.
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent.pid:
+        raise SystemExit(f"error: The command that started process {own} of this training was killed: give it again.")
 
 
 def _let_end() -> None:

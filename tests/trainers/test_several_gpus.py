@@ -4,9 +4,10 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from two_ranks import on_ranks, run_ddp
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.locks import free
-from nnunet_oneshot.ranks import Ranks, _tell_when_ended
+from nnunet_oneshot.ranks import Ranks
 
 PLANS = "nnUNetOneShotCPUPlans"
 OTHERS = ["OneShotAtlasTrainer_1epoch", "OneShotPropagationTrainer_1epoch", "OneShotSynthesisTrainer_1epoch"]
@@ -236,10 +237,38 @@ def test_a_rank_that_nnunet_ends_says_so_even_while_it_waits(tmp_path, capfd):
     assert line.startswith("error: Process 1 of the 2 processes") and "its own message says why" in line
 
 
-def test_a_rank_whose_command_was_killed_while_it_started_ends(monkeypatch):
-    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(pid=os.getppid() + 1))
-    with pytest.raises(SystemExit, match=r"error: The command that started process 0 .* was killed"):
+COMMAND = """
+import multiprocessing, os, signal, time
+from nnunet_oneshot.ranks import _tell_when_ended
+
+def rank(late):
+    if late:
+        while os.getppid() == multiprocessing.parent_process().pid:
+            time.sleep(0.01)
+    else:
         _tell_when_ended(0, 2)
+    print("ready", flush=True)
+    _tell_when_ended(0, 2)
+    time.sleep(60)
+
+# As in the background of a script, where torch's own signal to its ranks is ignored.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+multiprocessing.get_context("fork").Process(target=rank, args=[LATE]).start()
+if LATE:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize(("late", "sentence"), [(False, "was ended (SIGTERM)"), (True, "was killed: give it again")])
+def test_a_rank_ends_with_its_command(late, sentence):
+    code = COMMAND.replace("LATE", str(late))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    # Closed once the rank has ended too.
+    assert sentence in process.communicate(timeout=30)[1]
 
 
 def refused(preprocessed):

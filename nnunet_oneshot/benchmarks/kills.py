@@ -41,6 +41,7 @@ from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.commands import command_environment
 from nnunet_oneshot.io import is_occupied
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
+from nnunet_oneshot.tables import csv_table
 
 _NAME, _PLANS, _CONFIGURATION = "Dataset999_Phantoms", "nnUNetOneShotCPUPlans", "3d_fullres"
 _DATASET = ["-d", "999", "-c", _CONFIGURATION]
@@ -531,7 +532,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Kills every command at random moments and checks that it then ends as if undisturbed.",
     )
     names = [step.name for step in STEPS]
-    parser.add_argument("-o", required=True, metavar="FOLDER", help="a new folder; kills.csv is written there")
+    parser.add_argument("-o", required=True, metavar="FOLDER", help="a new folder; kills.csv and table.csv go there")
     parser.add_argument("--kills", type=int, default=60, metavar="N", help="at least (default: %(default)s)")
     parser.add_argument("--steps", nargs="+", choices=names, default=names, metavar="STEP", help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: %(default)s)")
@@ -552,10 +553,28 @@ def _run(options: argparse.Namespace) -> None:
     while kills < options.kills:
         kills += campaign.trial(steps[turn % len(steps)])
         turn += 1
+    with open(out / "table.csv", "w", encoding="utf-8") as file:
+        file.write(summarised(campaign.rows))
     failed = Counter(row["step"] for row in campaign.rows if not row["passed"])
     print(f"{kills} kills in {len(campaign.rows)} trials, {failed.total()} failed")
     if failed:
         raise OneShotError(f"Not as if undisturbed: {dict(failed)}; see {out / 'kills.csv'}.")
+
+
+def summarised(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table, as CSV, of the trials of each step.
+
+    Args:
+        rows: The lines of ``kills.csv``.
+    """
+    header = ["step", "trials", "kills", "as if undisturbed", "survivors"]
+    found = []
+    for step in dict.fromkeys(str(row["step"]) for row in rows):
+        own = [row for row in rows if row["step"] == step]
+        kills, survivors = (sum(int(row[name]) for row in own) for name in ("kills", "survivors"))
+        found.append([step, len(own), kills, sum(str(row["passed"]) == "True" for row in own), survivors])
+    totals = [sum(row[place] for row in found) for place in range(1, len(header))]
+    return csv_table(header, [*found, ["all", *totals]])
 
 
 def _with_needed(names: Sequence[str]) -> list[Step]:

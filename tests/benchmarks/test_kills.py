@@ -123,3 +123,17 @@ def test_steps_come_with_those_they_need():
         "training",
         "export",
     ]
+
+
+def test_trials_are_summed_up_by_step():
+    rows = [
+        {"step": "training", "kills": 2, "survivors": 0, "passed": True},
+        {"step": "export", "kills": 1, "survivors": 3, "passed": False},
+        {"step": "training", "kills": "1", "survivors": "0", "passed": "True"},
+    ]
+    assert kills.summarised(rows).splitlines() == [
+        "step,trials,kills,as if undisturbed,survivors",
+        "training,2,3,2,0",
+        "export,1,1,0,3",
+        "all,3,4,2,3",
+    ]

@@ -568,7 +568,7 @@ def summarised(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: The lines of ``kills.csv``.
     """
     header = ["step", "trials", "kills", "as if undisturbed", "survivors"]
-    found = []
+    found: list[list[Any]] = []
     for step in dict.fromkeys(str(row["step"]) for row in rows):
         own = [row for row in rows if row["step"] == step]
         kills, survivors = (sum(int(row[name]) for row in own) for name in ("kills", "survivors"))

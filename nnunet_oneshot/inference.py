@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,34 @@ def foreground_probabilities(predictor, image: np.ndarray) -> np.ndarray:
         for part in heads.split(max(1, _PART // heads[:, 0].numel()), dim=1):
             part.copy_(predictor.label_manager.apply_inference_nonlin(part.float()))
     return heads.numpy() if predictor.label_manager.has_regions else heads[1:].numpy()
+
+
+def likeliest(probabilities: Iterable[np.ndarray]) -> np.ndarray:
+    """Place of the largest of several volumes at every voxel, of equal ones the first: (X, Y, Z) int64.
+
+    Args:
+        probabilities: (X, Y, Z) each. One after the other is looked at: ``argmax`` would copy all, which of many labels
+            of a large image takes gigabytes.
+    """
+    first, *others = probabilities
+    most, found = first.astype(np.float32), np.zeros(first.shape, np.int64)
+    for place, own in enumerate(others, start=1):
+        found[own > most] = place
+        np.maximum(most, own, out=most)
+    return found
+
+
+def likeliest_heads(foreground: np.ndarray) -> np.ndarray:
+    """The likeliest of exclusive labels at every voxel; the background has what they leave.
+
+    Args:
+        foreground: (K, X, Y, Z), as `foreground_probabilities` gives them for labels.
+
+    Returns:
+        (X, Y, Z): 0 for background, else the place of the label in the first axis, from 1.
+    """
+    background = np.maximum(1 - foreground.sum(axis=0, dtype=np.float32), 0)
+    return likeliest([background, *foreground])
 
 
 def predict_for_next_stage(

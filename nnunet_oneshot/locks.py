@@ -133,7 +133,7 @@ def ending_with_parent() -> Callable[[], None] | None:
     return ask
 
 
-def end_with(parent: int) -> None:
+def _end_with(parent: int) -> None:
     """Called in a process that was started, not forked: it is ended with its parent, even where that one is killed.
 
     Only Linux does it; elsewhere nothing changes.
@@ -148,7 +148,13 @@ def end_with(parent: int) -> None:
 
 
 class _SpawnedWorker(SpawnProcess):
-    """Leaves Ctrl-C, which would end it with a traceback, to its parent."""
+    """Ends with its parent, and leaves Ctrl-C, which would end it with a traceback, to it."""
+
+    _parent_pid: int  # Python's.
+
+    def run(self) -> None:
+        _end_with(self._parent_pid)
+        super().run()
 
     def start(self) -> None:
         is_main = threading.current_thread() is threading.main_thread()
@@ -177,9 +183,20 @@ def ending_workers_at_once() -> Iterator[None]:
 
 
 class WorkerContext(SpawnContext):
-    """Starts worker processes anew: forking a process that has started threads (torch, SimpleITK) can hang."""
+    """Starts worker processes anew: forking a process that has started threads (torch, SimpleITK) can hang.
+
+    They end with the process that started them, even where it is killed.
+    """
 
     Process = _SpawnedWorker
+
+
+def end_spawned_workers_with_this_process() -> None:
+    """From now on workers that others start anew, such as those of nnU-Net's validation, are those of `WorkerContext`.
+
+    They would wait for ever for a process that was killed.
+    """
+    SpawnContext.Process = _SpawnedWorker
 
 
 @lru_cache(maxsize=1)

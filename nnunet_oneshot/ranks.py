@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +22,13 @@ from nnunet_oneshot.seeding import derive_seed
 
 # Registrations of many cases take hours, during which other ranks wait; NCCL's own limit is ten minutes.
 _LONGEST_WAIT = timedelta(days=100)
+
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+_WHY = (
+    "its own message says why. Where it has none, it was killed, most often because memory ran out. Go on from the "
+    "last checkpoint with --c."
+)
 
 _Result = TypeVar("_Result")
 
@@ -34,6 +48,8 @@ class Ranks:
         self.own, self.count = (distributed.get_rank(), distributed.get_world_size()) if is_on else (0, 1)
         # On the CPU, so that waiting ranks leave their GPU alone and see at once when another has ended.
         self._group: Any = distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT) if self.count > 1 else None
+        if self.count > 1:
+            _tell_when_ended(self.own, self.count)
 
     def seed(self, seed: int) -> int:
         """A seed of this rank alone; the first rank keeps the given one."""
@@ -104,11 +120,62 @@ class Ranks:
                 raise
             raise OneShotError(
                 f"Another of the {self.count} processes of this training has ended, so that process {self.own} cannot "
-                f"go on: its own message says why. Where it has none, it was killed, most often because memory ran "
-                f"out. Go on from the last checkpoint with --c."
+                f"go on: {_WHY}"
             ) from error
 
 
 def _is_about_ranks(error: RuntimeError) -> bool:
     """Whether an error tells of other processes; those of gloo have no class of their own."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+
+
+@lru_cache(maxsize=1)
+def _tell_when_ended(own: int, count: int) -> None:
+    """From now on this rank says a sentence when it is ended by SIGTERM, also with the command that started it.
+
+    When one rank has ended, ``nnUNetv2_train`` ends the others so, mostly before they miss it themselves. Python would
+    run a handler only where the main thread returns to it, which may wait for the lost rank; a thread is told at once.
+    """
+    parent = multiprocessing.parent_process()
+    is_main = threading.current_thread() is threading.main_thread()
+    if os.name != "posix" or parent is None or not is_main:
+        return
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+
+    def tell() -> None:
+        while signal.SIGTERM not in os.read(reads, 1):
+            pass
+        print(
+            f"error: Process {own} of the {count} processes of this training was ended (SIGTERM). This happens when "
+            f"another one, or the command that started them, has ended: {_WHY}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    # A worker that is ended before it has left all this behind would end its rank instead.
+    os.register_at_fork(
+        before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGTERM}),
+        after_in_parent=_let_end,
+        after_in_child=_end_as_usual,
+    )
+    threading.Thread(target=tell, daemon=True).start()
+    if sys.platform == "linux":
+        # torch asks for SIGINT when the command is killed, which is ignored in what runs in the background of a script.
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent.pid:
+        raise SystemExit(f"error: The command that started process {own} of this training was killed: give it again.")
+
+
+def _let_end() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _end_as_usual() -> None:
+    """A forked worker ends without a word, as if it had not been started by a rank."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_end()

@@ -6,8 +6,10 @@ counted. Values are real, so that steps which depend on them can be run too.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -57,6 +59,10 @@ class OnGpu(torch.Tensor):
     def is_cuda(self) -> bool:
         return True
 
+    @property
+    def is_meta(self) -> bool:
+        return False
+
     def __getitem__(self, index):
         # torch would make a tensor of a list where it takes this one to lie.
         return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
@@ -98,6 +104,7 @@ class PretendedGpu(TorchDispatchMode):
         self._patches = pytest.MonkeyPatch()
         self._patches.setattr(torch.cuda, "_lazy_init", lambda: None)
         self._patches.setattr(torch.Tensor, "new_tensor", _new_tensor)
+        self._patches.setattr(threading.Thread, "run", self._in_thread(threading.Thread.run))
         self._lifts = torch._C._only_lift_cpu_tensors()
         # As torch's own fake tensors do: what is made of Python's numbers begins on the processor.
         torch._C._set_only_lift_cpu_tensors(True)
@@ -108,8 +115,30 @@ class PretendedGpu(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._lifts)
         return super().__exit__(*error)
 
+    def _in_thread(self, run):
+        """A thread's ``run`` that has the GPU too: modes belong to the thread that has entered them."""
+
+        def with_gpu(thread) -> None:
+            with self._active():
+                run(thread)
+
+        return with_gpu
+
+    @contextmanager
+    def _active(self):
+        """Within it operations come here; what surrounds all of it is left as it is."""
+        TorchDispatchMode.__enter__(self)
+        try:
+            yield
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if function._can_decompose():
+            # In torch's inference mode these come as a whole.
+            with self._active():
+                return function.decompose(*args, **kwargs)
         found = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
         on_gpu = any(isinstance(value, OnGpu) for value in found)
         to_gpu = on_gpu

@@ -85,3 +85,33 @@ def test_an_interruption_while_a_worker_starts_is_not_lost(monkeypatch):
         WorkerContext().Process(target=print).start()
         time.sleep(1)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+POOL = """
+import multiprocessing, sys, time
+from nnunet_oneshot.locks import end_spawned_workers_with_this_process
+
+if __name__ == "__main__":
+    end_spawned_workers_with_this_process()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.map(abs, range(2))
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_pool_of_others_ends_with_its_process(number, tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    process.send_signal(number)
+    process.wait()
+    until = time.monotonic() + 20
+    while (left := [pid for pid in workers if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < until:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 2 and not left

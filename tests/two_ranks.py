@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from nnunetv2.run import run_training as command
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
-from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as trainer_module
-from torch import distributed, multiprocessing
-from torch.nn.parallel import DistributedDataParallel
+from torch import multiprocessing
+
+from nnunet_oneshot.benchmarks import processor_ranks
 
 nnunet_run_ddp = command.run_ddp
 
@@ -23,27 +23,21 @@ def on_processors() -> None:
     """Puts gloo and the processor in the place of nccl and CUDA; trainings have two epochs of two iterations."""
     from nnunet_oneshot.trainers.base import OneShotTrainer
 
-    def begin(rank: int, number: int) -> None:
-        distributed.init_process_group("gloo", rank=rank, world_size=number)
-
+    processor_ranks.on_processors()
     make, initialize = OneShotTrainer.__init__, OneShotTrainer.initialize
 
     @wraps(make)
-    def make_on_processor(self, *args, **named) -> None:
+    def make_short(self, *args, **named) -> None:
         make(self, *args, **named)
-        self.device, self.grad_scaler, self.num_epochs = torch.device("cpu"), None, min(2, self.num_epochs)
+        self.num_epochs = min(2, self.num_epochs)
 
     def initialize_short(self) -> None:
         self.num_iterations_per_epoch, self.num_val_iterations_per_epoch, self.save_every = 2, 1, 1
         initialize(self)
 
-    command.setup_ddp = begin
-    torch.cuda.set_device = lambda device: None
-    trainer_module.DDP = lambda network, device_ids: DistributedDataParallel(network)
-    OneShotTrainer.__init__, OneShotTrainer.initialize = make_on_processor, initialize_short
+    OneShotTrainer.__init__, OneShotTrainer.initialize = make_short, initialize_short
     # It takes longer than all else.
     MetaLogger.plot_progress_png = lambda self, folder: None
-    torch.set_num_threads(1)
 
 
 def run_ddp(*args) -> None:

@@ -7,6 +7,9 @@ equal where those two were equal, no temporary files, no locks, no processes. Re
 most by one step of their files, since pairs that are left over are computed in other batches. A training that is
 resumed with ``--c`` goes on with other patches, so that of its networks and segmentations only names and shapes are
 compared.
+
+Of a training on two ranks (gloo, on processors) not only the group is killed, but also one rank alone or the main
+process alone. All others must then end, and a rank that nnU-Net ends because it lost another one must say so.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +41,13 @@ from nnunet_oneshot.errors import OneShotError, exit_status
 from nnunet_oneshot.evaluation.commands import command_environment
 from nnunet_oneshot.io import is_occupied
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
+from nnunet_oneshot.tables import csv_table
 
 _NAME, _PLANS, _CONFIGURATION = "Dataset999_Phantoms", "nnUNetOneShotCPUPlans", "3d_fullres"
 _DATASET = ["-d", "999", "-c", _CONFIGURATION]
 _PLANNED = [*_DATASET, "-p", _PLANS]
 _TRAIN = ["nnUNetv2_train", "999", _CONFIGURATION, "0", "-p", _PLANS, "-device", "cpu", "-tr"]
+_RANKS = ["python", "-m", "nnunet_oneshot.benchmarks.processor_ranks", *_TRAIN[1:-3], "-num_gpus", "2", "-tr"]
 # Without the affine stage, which writes nothing and takes most of the time.
 _REGISTRATION = {"refine_iterations": [4, 4, 2], "affine": False}
 _SHORT: dict[str, Any] = {"registration": _REGISTRATION}
@@ -73,6 +79,9 @@ class OneShotSynthesisTrainer_1epoch(short(OneShotSynthesisTrainer, 1)):
 # Marks the processes of a command, whichever group they are in.
 _MARK = "nnunet_oneshot_kills"
 _PAUSE, _LONGEST, _GRACE = 0.01, 900.0, 10.0
+# A rank that is left alone sees it once it has imported torch; nnU-Net gives one half a minute to end.
+_LONGER_GRACE = 90.0
+_GROUP, _MAIN, _ONE = "group", "main process", ("rank 0", "rank 1")
 # Pairs that are registered together differ by rounding from those that are registered alone; a step of a file is 1/16.
 _ROUNDED = 0.0626
 # Names and content of these tell the time, or are written by nnU-Net for people to look at.
@@ -89,6 +98,7 @@ class Step:
         after: Name of the step on whose results it works; None is the raw data set.
         overrides: Settings of the ``oneshot`` block.
         resumes: Whether it goes on from checkpoints, with other patches than an undisturbed one.
+        several: Whether it starts ranks, which are killed one by one too.
     """
 
     name: str
@@ -96,6 +106,7 @@ class Step:
     after: str | None
     overrides: Mapping[str, Any]
     resumes: bool = False
+    several: bool = False
 
 
 _EXPORT = ["nnunet_oneshot", "export", *_PLANNED, "-tr", "OneShotDistillTrainer_5epochs", "-o", "exported"]
@@ -128,10 +139,33 @@ STEPS = (
     Step("registration network", ["nnunet_oneshot", "register", *_PLANNED, "-np", "1"], "preprocessing", _NETWORK),
     Step("training", [*_TRAIN, "OneShotDistillTrainer_5epochs"], "registration", _SHORT),
     Step("resumed training", [*_TRAIN, "OneShotDistillTrainer_5epochs", "--c"], "registration", _SHORT, resumes=True),
+    Step(
+        "training on two ranks",
+        [*_RANKS, "OneShotDistillTrainer_5epochs", "--c"],
+        "registration",
+        _SHORT,
+        resumes=True,
+        several=True,
+    ),
     Step("export", _EXPORT, "training", _SHORT),
     Step("propagation", ["nnunet_oneshot", "propagate", *_PLANNED, "-o", "propagated"], "preprocessing", _SHORT),
     Step("benchmark", [*_BENCHMARK, "affine", "registration", "synthesis"], "registration", _SHORT, resumes=True),
 )
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What was killed.
+
+    Attributes:
+        seconds: From the start of the command.
+        victim: See `Ground.disturb`.
+        fault: What the rest of the command did wrong then; empty if nothing.
+    """
+
+    seconds: float
+    victim: str
+    fault: str = ""
 
 
 class Ground:
@@ -198,7 +232,9 @@ class Ground:
             _kill(process)
         return status, watch.seconds, watch.changes
 
-    def disturb(self, step: Step, *, seconds: float | None, change: int | None, delay: float) -> float | None:
+    def disturb(
+        self, step: Step, *, seconds: float | None, change: int | None, delay: float, victim: str = _GROUP
+    ) -> Kill | None:
         """Runs the command and kills it.
 
         Args:
@@ -206,10 +242,13 @@ class Ground:
             seconds: When to kill it, from its start; None counts changes.
             change: The change of files after which to kill it.
             delay: Seconds from that change.
+            victim: ``"group"``, ``"main process"``, ``"rank 0"`` or ``"rank 1"``; where there are no ranks, the group.
 
         Returns:
-            The seconds after which it was killed; None if it ended before.
+            What was killed; None if it ended before.
         """
+        log = self._log / f"{step.name}.txt"
+        said = log.stat().st_size if log.exists() else 0
         process, watch = self.start(step), _Watch(self.work)
         while process.poll() is None:
             time.sleep(_PAUSE if delay > _PAUSE else _PAUSE / 5)
@@ -221,13 +260,20 @@ class Ground:
                 break
         if process.poll() is not None:
             return None
-        found = watch.seconds
-        _kill(process)
-        return found
+        found, ranks = watch.seconds, _ranks(process)
+        if victim == _GROUP or len(ranks) < len(_ONE):
+            _kill(process)
+            return Kill(found, _GROUP)
+        os.kill(process.pid if victim == _MAIN else ranks[_ONE.index(victim)], signal.SIGKILL)
+        status = _waited(process)
+        with open(log, "rb") as file:
+            file.seek(said)
+            text = file.read().decode(errors="replace")
+        return Kill(found, victim, "" if victim == _MAIN else _fault(victim, status, text))
 
-    def survivors(self) -> list[int]:
+    def survivors(self, grace: float = _GRACE) -> list[int]:
         """Processes of a killed command that are still there after some seconds; they are ended."""
-        mark, until = f"{_MARK}={self.work}".encode(), time.monotonic() + _GRACE
+        mark, until = f"{_MARK}={self.work}".encode(), time.monotonic() + grace
         while (found := _marked(mark)) and time.monotonic() < until:
             time.sleep(0.1)
         for process in found:
@@ -271,6 +317,44 @@ def _listing(folder: Path) -> set[tuple[str, int]]:
 def _kill(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _waited(process: subprocess.Popen) -> int | None:
+    """The status with which a command ends by itself; None if it does not, which is killed."""
+    try:
+        return process.wait(_LONGER_GRACE)
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return None
+
+
+def _ranks(process: subprocess.Popen) -> list[int]:
+    """The ranks that a training has started, in their order."""
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:
+        return []
+
+
+def _fault(victim: str, status: int | None, text: str) -> str:
+    """What is wrong with the end of a training that lost one rank.
+
+    Args:
+        victim: The rank that was killed.
+        status: Exit status of the command; None if it hung.
+        text: What it has printed.
+    """
+    other = 1 - _ONE.index(victim)
+    if status is None:
+        return f"hangs without {victim}"
+    if status == 0:
+        return f"ends with status 0 without {victim}"
+    sentences = (f"error: Process {other} of the 2 processes", "Another of the 2 processes of this training has ended")
+    # Before its trainer is made, none of our code runs in a rank.
+    if f"I am local rank {other}" in text and not any(sentence in text for sentence in sentences):
+        return f"rank {other} says nothing"
+    return ""
 
 
 def _marked(mark: bytes) -> list[int]:
@@ -401,12 +485,14 @@ class Campaign:
     def trial(self, step: Step) -> int:
         """Kills a step once or twice and lets it end; returns the number of kills."""
         self._ground.prepare(step)
-        moments, survivors = [], 0
+        moments, faults, survivors = [], [], 0
         for _ in range(1 + int(self._random.random() < 0.3)):
             moment, killed = self._disturbed(step)
             if killed is not None:
-                moments.append(f"{moment}, {killed:.2f} s")
-                survivors += len(self._ground.survivors())
+                moments.append(f"{killed.victim}, {moment}, {killed.seconds:.2f} s")
+                survivors += len(self._ground.survivors(_LONGER_GRACE if step.several else _GRACE))
+                if killed.fault:
+                    faults.append(killed.fault)
         if not moments:
             return 0
         status, seconds, _ = self._ground.finish(step)
@@ -419,22 +505,26 @@ class Campaign:
                 "killed": " | ".join(moments),
                 "kills": len(moments),
                 "survivors": survivors,
+                "faults": " | ".join(faults),
                 "status": "hangs" if status is None else status,
                 "seconds": round(seconds, 1),
                 "deviations": len(found),
                 "first": "; ".join(found[:3]),
-                "passed": status == 0 and not found and not survivors,
+                "passed": status == 0 and not found and not survivors and not faults,
             }
         )
         return len(moments)
 
-    def _disturbed(self, step: Step) -> tuple[str, float | None]:
+    def _disturbed(self, step: Step) -> tuple[str, Kill | None]:
         seconds, changes = self._times[step.name]
+        victims = (_GROUP, _MAIN, *_ONE) if step.several else (_GROUP,)
+        victim = victims[self._random.integers(len(victims))]
+        disturb = partial(self._ground.disturb, step, victim=victim)
         if changes and self._random.random() < 0.6:
             number, delay = int(self._random.integers(1, len(changes) + 1)), float(self._random.uniform(0, 0.02))
-            return f"change {number}", self._ground.disturb(step, seconds=None, change=number, delay=delay)
+            return f"change {number}", disturb(seconds=None, change=number, delay=delay)
         moment = float(self._random.uniform(0.8 * changes[0] if changes else 0, seconds))
-        return "time", self._ground.disturb(step, seconds=moment, change=None, delay=1.0)
+        return "time", disturb(seconds=moment, change=None, delay=1.0)
 
     def _note(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -453,7 +543,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Kills every command at random moments and checks that it then ends as if undisturbed.",
     )
     names = [step.name for step in STEPS]
-    parser.add_argument("-o", required=True, metavar="FOLDER", help="a new folder; kills.csv is written there")
+    parser.add_argument("-o", required=True, metavar="FOLDER", help="a new folder; kills.csv and table.csv go there")
     parser.add_argument("--kills", type=int, default=60, metavar="N", help="at least (default: %(default)s)")
     parser.add_argument("--steps", nargs="+", choices=names, default=names, metavar="STEP", help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: %(default)s)")
@@ -474,10 +564,28 @@ def _run(options: argparse.Namespace) -> None:
     while kills < options.kills:
         kills += campaign.trial(steps[turn % len(steps)])
         turn += 1
+    with open(out / "table.csv", "w", encoding="utf-8") as file:
+        file.write(summarised(campaign.rows))
     failed = Counter(row["step"] for row in campaign.rows if not row["passed"])
     print(f"{kills} kills in {len(campaign.rows)} trials, {failed.total()} failed")
     if failed:
         raise OneShotError(f"Not as if undisturbed: {dict(failed)}; see {out / 'kills.csv'}.")
+
+
+def summarised(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table, as CSV, of the trials of each step.
+
+    Args:
+        rows: The lines of ``kills.csv``.
+    """
+    header = ["step", "trials", "kills", "as if undisturbed", "survivors"]
+    found: list[list[Any]] = []
+    for step in dict.fromkeys(str(row["step"]) for row in rows):
+        own = [row for row in rows if row["step"] == step]
+        kills, survivors = (sum(int(row[name]) for row in own) for name in ("kills", "survivors"))
+        found.append([step, len(own), kills, sum(str(row["passed"]) == "True" for row in own), survivors])
+    totals = [sum(row[place] for row in found) for place in range(1, len(header))]
+    return csv_table(header, [*found, ["all", *totals]])
 
 
 def _with_needed(names: Sequence[str]) -> list[Step]:

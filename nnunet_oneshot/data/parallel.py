@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.locks import WorkerContext, end_with, ending_workers_at_once
+from nnunet_oneshot.locks import WorkerContext, ending_workers_at_once
 from nnunet_oneshot.progress import Progress
 
 
@@ -58,9 +58,7 @@ def run_on_cases(
                 results[index] = function(*job)
                 progress.update()
             return results
-        with ProcessPoolExecutor(
-            num_processes, mp_context=WorkerContext(), initializer=end_with, initargs=(os.getpid(),)
-        ) as executor:
+        with ProcessPoolExecutor(num_processes, mp_context=WorkerContext()) as executor:
             try:
                 with ending_workers_at_once():
                     futures = {executor.submit(function, *job): index for index, job in enumerate(jobs)}

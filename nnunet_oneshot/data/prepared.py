@@ -273,8 +273,7 @@ class PreparedDataset:
 
     def digest(self, case: str) -> str:
         """Checksum of the preprocessed image, its shape included."""
-        image = self.image(case)
-        return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+        return image_digest(self.image(case))
 
     def shape(self, case: str) -> tuple[int, ...]:
         """Voxels (X, Y, Z) of the preprocessed image, which is not read."""
@@ -300,3 +299,8 @@ class PreparedDataset:
     @property
     def _has_three_edges(self) -> bool:
         return len(self.configuration_manager.spacing) == 3
+
+
+def image_digest(image: np.ndarray) -> str:
+    """Checksum of a preprocessed image (C, X, Y, Z), its shape included."""
+    return hashlib.sha256(str(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()

@@ -26,6 +26,7 @@ from nnunet_oneshot.data.verify import check_images, declared_labels, detail_of
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.evaluation.registration_methods import REGISTRATION_METHODS, MethodOptions
+from nnunet_oneshot.inference import likeliest
 from nnunet_oneshot.io import load_json_checked, save_json_atomic, temporary_folder, writing
 from nnunet_oneshot.registration.dataset.cache import FOLDER, RegistrationCache
 from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
@@ -309,29 +310,30 @@ class Propagator:
         return [(a, cache.quality(a, c)) for a, c in pairs if cache.path(a, c, ".json").is_file()]
 
     def _corrected(self, probabilities: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """Masks (labels, X, Y, Z) of the most probable labels, corrected by the image (C, X, Y, Z)."""
+        """Masks of the most probable labels, corrected by the image (C, X, Y, Z), in the place of (labels, X, Y, Z)."""
         settings = self.config.distillation
         corrected = posterior_labels(
             torch.from_numpy(image)[None],
-            torch.from_numpy(probabilities.argmax(0))[None, None],
+            torch.from_numpy(likeliest(probabilities))[None, None],
             blur=settings.posterior_blur,
             strength=settings.posterior_strength,
         )
-        return (corrected[0, 0].numpy() == np.arange(len(self.labels))[:, None, None, None]).astype(np.float32)
+        for place, own in enumerate(probabilities):
+            own[:] = corrected[0, 0].numpy() == place
+        return probabilities
 
     def _fused(self, student: Student, case: str, probabilities: np.ndarray, image: np.ndarray) -> np.ndarray:
-        """Probabilities (labels, X, Y, Z) of the corrected labels and of a student; keeps how far both agree."""
+        """Fuses corrected labels with a student, in the place of (labels, X, Y, Z); keeps how far both agree."""
         settings = self.config.distillation
         carried = posterior_probabilities(
             torch.from_numpy(image),
-            torch.from_numpy(probabilities.argmax(0)),
+            torch.from_numpy(likeliest(probabilities)),
             self.labels,
             blur=settings.posterior_blur,
             strength=settings.posterior_strength,
+            out=torch.from_numpy(probabilities),
         )
-        found = student.probabilities(image)
-        background = np.maximum(1 - found.sum(0, keepdims=True), 0)
-        fused, trust = fused_probabilities(carried.numpy(), np.concatenate([background, found]))
+        fused, trust = fused_probabilities(carried.numpy(), student.probabilities(image))
         self.trust[case] = {str(label): float(t) for label, t in zip(self.labels[1:], trust, strict=True)}
         return fused
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from nnunet_oneshot.inference import likeliest, likeliest_heads
 from nnunet_oneshot.self_training.agreement import trust_in
 
 
@@ -19,20 +20,22 @@ def fused_probabilities(carried: np.ndarray, student: np.ndarray) -> tuple[np.nd
     products of probabilities lose much where one of both is sure and wrong.
 
     Args:
-        carried: Probabilities (labels, X, Y, Z), background first.
-        student: The same of the student.
+        carried: Probabilities (labels, X, Y, Z) float32, background first; overwritten with the result.
+        student: Those of the student without background, (labels - 1, X, Y, Z).
 
     Returns:
-        Fused probabilities of the same shape, and :math:`t_l` of each label but the background, (labels - 1,).
+        Fused probabilities (labels, X, Y, Z), and :math:`t_l` of each label but the background, (labels - 1,).
     """
-    likeliest = [probabilities.argmax(0) for probabilities in (carried, student)]
-    dice = np.full(len(carried) - 1, np.nan)
-    for label in range(1, len(carried)):
-        first, second = (found == label for found in likeliest)
+    labels = likeliest(carried), likeliest_heads(student)
+    dice = np.full(len(student), np.nan)
+    for place in range(len(student)):
+        first, second = (found == place + 1 for found in labels)
         if size := first.sum() + second.sum():
-            dice[label - 1] = 2 * (first & second).sum() / size
+            dice[place] = 2 * (first & second).sum() / size
     trust = trust_in(dice, dice)
-    share = (trust / 2)[:, None, None, None]
-    labels = (1 - share) * carried[1:] + share * student[1:]
-    background = np.maximum(1 - labels.sum(0, keepdims=True), 0)
-    return np.concatenate([background, labels]).astype(np.float32), trust
+    # In place and label by label: of many labels of a large image, each copy takes gigabytes.
+    for own, found, share in zip(carried[1:], student, (trust / 2).tolist(), strict=True):
+        own *= 1 - share
+        own += np.multiply(found, share, dtype=own.dtype)
+    np.maximum(1 - carried[1:].sum(axis=0), 0, out=carried[0])
+    return carried, trust

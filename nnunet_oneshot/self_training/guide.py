@@ -71,12 +71,16 @@ class SegmentingGuide(ABC):
             segmentation: (1, X, Y, Z) label map of the atlas.
 
         Returns:
-            (K + 1, X, Y, Z) float32, 0 or 1.
+            (K + 1, X, Y, Z) bool.
         """
         groups = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
-        masks = [np.isin(segmentation[0], np.atleast_1d(group)) for group in groups]
         ignored = [self.labels.ignore_label] if self.labels.has_ignore_label else []
-        return np.stack([*masks, ~np.isin(segmentation[0], ignored)]).astype(np.float32)
+        # Filled one by one: of many labels of a large atlas, each copy takes gigabytes.
+        maps = np.empty((len(groups) + 1, *segmentation.shape[1:]), bool)
+        for place, group in enumerate(groups):
+            maps[place] = np.isin(segmentation[0], np.atleast_1d(group))
+        maps[-1] = ~np.isin(segmentation[0], ignored)
+        return maps
 
 
 class Student(SegmentingGuide):

@@ -60,7 +60,7 @@ def posterior_labels(image: Tensor, labels: Tensor, *, blur: float, strength: fl
 
 
 def posterior_probabilities(
-    image: Tensor, labels: Tensor, values: Sequence[int], *, blur: float, strength: float
+    image: Tensor, labels: Tensor, values: Sequence[int], *, blur: float, strength: float, out: Tensor | None = None
 ) -> Tensor:
     """The probabilities of which `posterior_labels` takes the largest.
 
@@ -70,17 +70,19 @@ def posterior_probabilities(
         values: The labels whose probabilities are wanted, 0 first.
         blur: See `posterior_labels`.
         strength: The same; 0 gives the labels themselves.
+        out: Memory of the result, which is overwritten; None takes new memory.
 
     Returns:
         (len(values), *spatial) float32; far from any foreground the background has 1.
     """
     labels = labels.long()
-    result = torch.stack([(labels == value).float() for value in values]).flatten(1)
+    result = torch.empty((len(values), *labels.shape)) if out is None else out
     solved = _solved(image.float(), labels, blur=blur, strength=strength) if strength else None
-    if solved is not None:
-        for row, value in zip(result, values, strict=True):
-            row[solved.band] = (solved.posterior * (solved.present[solved.candidates] == value)).sum(0)
-    return result.view(len(values), *labels.shape)
+    for row, value in zip(result, values, strict=True):
+        row.copy_(labels == value)
+        if solved is not None:
+            row.view(-1)[solved.band] = (solved.posterior * (solved.present[solved.candidates] == value)).sum(0)
+    return result
 
 
 def posterior_target(

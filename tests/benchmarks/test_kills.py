@@ -80,10 +80,60 @@ def test_a_group_is_killed_and_others_with_its_mark_are_found():
     subprocess.run(["kill", str(left)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("status", "text", "fault"),
+    [
+        (1, "I am local rank 1\nerror: Process 1 of the 2 processes of this training was ended (SIGTERM).", ""),
+        (1, "I am local rank 1\nOneShotError: Another of the 2 processes of this training has ended, so", ""),
+        (1, "using port 1", ""),
+        (1, "I am local rank 1", "rank 1 says nothing"),
+        (1, "I am local rank 1\nerror: Process 0 of the 2 processes", "rank 1 says nothing"),
+        (0, "I am local rank 1\nerror: Process 1 of the 2 processes", "ends with status 0 without rank 0"),
+        (None, "error: Process 1 of the 2 processes", "hangs without rank 0"),
+    ],
+)
+def test_a_training_that_lost_a_rank_must_end_and_say_so(status, text, fault):
+    assert kills._fault("rank 0", status, text) == fault
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are searched for as Linux does it")
+def test_ranks_are_found_among_the_children(tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    for _ in range(2):\n"
+        "        context.Process(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True)
+    until = time.monotonic() + 20
+    while len(found := kills._ranks(process)) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    kills._kill(process)
+    assert len(found) == 2 and found == sorted(found) and process.pid not in found
+    assert kills._ranks(process) == []
+
+
 def test_steps_come_with_those_they_need():
     assert [step.name for step in kills._with_needed(["export"])] == [
         "preprocessing",
         "registration",
         "training",
         "export",
+    ]
+
+
+def test_trials_are_summed_up_by_step():
+    rows = [
+        {"step": "training", "kills": 2, "survivors": 0, "passed": True},
+        {"step": "export", "kills": 1, "survivors": 3, "passed": False},
+        {"step": "training", "kills": "1", "survivors": "0", "passed": "True"},
+    ]
+    assert kills.summarised(rows).splitlines() == [
+        "step,trials,kills,as if undisturbed,survivors",
+        "training,2,3,2,0",
+        "export,1,1,0,3",
+        "all,3,4,2,3",
     ]

@@ -48,6 +48,28 @@ def prepare(tiny_dataset, _store):
     return make
 
 
+@pytest.fixture
+def cascade(prepare):
+    """A function that prepares a tiny dataset whose plans have a cascade of half the resolution."""
+    from nnunet_oneshot.cli import main
+
+    def make(**settings):
+        dataset = prepare(**settings)
+        path = dataset.preprocessed / f"{PLANS}.json"
+        plans = json.loads(path.read_text())
+        full = plans["configurations"]["3d_fullres"]
+        spacing = [2 * edge for edge in full["spacing"]]
+        low = {**full, "spacing": spacing, "data_identifier": f"{PLANS}_3d_lowres", "next_stage": "3d_cascade_fullres"}
+        second = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+        plans["configurations"].update({"3d_lowres": low, "3d_cascade_fullres": second})
+        path.write_text(json.dumps(plans))
+        command = ["preprocess", "-d", str(dataset.id), "-p", PLANS, "-c", "3d_lowres", "--no_pbar"]
+        assert main(command) == 0
+        return dataset
+
+    return make
+
+
 @cache
 def _found(name):
     """The class that nnU-Net finds; once, since its search fails where another thread is importing something."""

@@ -22,27 +22,6 @@ def _quick_registration(monkeypatch):
     monkeypatch.setenv("nnUNet_oneshot_overrides", json.dumps({"registration": {"refine_iterations": [3, 3, 2]}}))
 
 
-@pytest.fixture
-def cascade(prepare):
-    """A function that prepares a tiny dataset whose plans have a cascade of half the resolution."""
-
-    def make(**settings):
-        dataset = prepare(**settings)
-        path = dataset.preprocessed / f"{PLANS}.json"
-        plans = json.loads(path.read_text())
-        full = plans["configurations"]["3d_fullres"]
-        spacing = [2 * edge for edge in full["spacing"]]
-        low = {**full, "spacing": spacing, "data_identifier": f"{PLANS}_{FIRST}", "next_stage": SECOND}
-        second = {"inherits_from": "3d_fullres", "previous_stage": FIRST}
-        plans["configurations"].update({FIRST: low, SECOND: second})
-        path.write_text(json.dumps(plans))
-        command = ["preprocess", "-d", str(dataset.id), "-p", PLANS, "-c", FIRST, "--no_pbar"]
-        assert main(command) == 0
-        return dataset
-
-    return make
-
-
 def model(dataset, name, configuration):
     return dataset.results / f"{name}__{PLANS}__{configuration}"
 

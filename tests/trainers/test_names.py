@@ -1,6 +1,7 @@
 """How nnU-Net finds the trainers, and what Python needs to pickle them."""
 
 import inspect
+import multiprocessing
 import pickle
 
 import pytest
@@ -8,6 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import nnunet_oneshot.trainers as trainers
+from nnunet_oneshot.locks import WorkerContext
 
 KINDS = [
     *("OneShotAtlasTrainer", "OneShotPropagationTrainer", "OneShotSynthesisTrainer", "OneShotDistillTrainer"),
@@ -45,3 +47,8 @@ def test_nnunet_finds_it_by_name(name):
     found = recursive_find_trainer_class_by_name(name)
     assert found is getattr(trainers, name)
     assert pickle.loads(pickle.dumps(found)) is found
+
+
+def test_workers_of_a_command_that_has_found_it_end_with_the_command():
+    recursive_find_trainer_class_by_name("OneShotDistillTrainer")
+    assert multiprocessing.get_context("spawn").Process is WorkerContext.Process

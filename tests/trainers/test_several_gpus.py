@@ -1,8 +1,12 @@
 """Trainings on two ranks: by nnU-Net's own command, and step by step."""
 
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
 
 import numpy as np
@@ -12,6 +16,7 @@ from two_ranks import on_ranks, run_ddp
 
 from nnunet_oneshot.errors import OneShotError
 from nnunet_oneshot.locks import free
+from nnunet_oneshot.ranks import Ranks
 
 PLANS = "nnUNetOneShotCPUPlans"
 OTHERS = ["OneShotAtlasTrainer_1epoch", "OneShotPropagationTrainer_1epoch", "OneShotSynthesisTrainer_1epoch"]
@@ -210,6 +215,62 @@ def test_ranks_that_lose_one_say_so(when, survivor, prepare, tmp_path):
     assert found[survivor].startswith("OneShotError: Another of the 2 processes") and "--c" in found[survivor]
 
 
+def ended_while_it_waits():
+    """The first rank ends the second as nnU-Net's command does; returns how a forked worker ended before."""
+    ranks = Ranks()
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    worker.terminate()
+    worker.join(30)
+    pids = ranks.gathered([os.getpid()])
+    try:
+        ranks.once(lambda: os.kill(pids[1], signal.SIGTERM) or time.sleep(1))
+    except OneShotError as error:
+        return worker.exitcode, str(error)
+    return worker.exitcode, "not missed"
+
+
+def test_a_rank_that_nnunet_ends_says_so_even_while_it_waits(tmp_path, capfd):
+    (code, message), nothing = on_ranks(ended_while_it_waits, tmp_path)
+    assert code == -signal.SIGTERM and nothing is None and message.startswith("Another of the 2 processes")
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: Process 1 of the 2 processes") and "its own message says why" in line
+
+
+COMMAND = """
+import multiprocessing, os, signal, time
+from nnunet_oneshot.ranks import _tell_when_ended
+
+def rank(late):
+    if late:
+        while os.getppid() == multiprocessing.parent_process().pid:
+            time.sleep(0.01)
+    else:
+        _tell_when_ended(0, 2)
+    print("ready", flush=True)
+    _tell_when_ended(0, 2)
+    time.sleep(60)
+
+# As in the background of a script, where torch's own signal to its ranks is ignored.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+multiprocessing.get_context("fork").Process(target=rank, args=[LATE]).start()
+if LATE:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize(("late", "sentence"), [(False, "was ended (SIGTERM)"), (True, "was killed: give it again")])
+def test_a_rank_ends_with_its_command(late, sentence):
+    code = COMMAND.replace("LATE", str(late))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    # Closed once the rank has ended too.
+    assert sentence in process.communicate(timeout=30)[1]
+
+
 def refused(preprocessed):
     (preprocessed / "splits_final.json").write_text("[]")
     make(preprocessed, "OneShotSynthesisTrainer_5epochs").run_training()
@@ -222,8 +283,6 @@ def test_what_stops_the_first_rank_is_told_by_all(prepare, tmp_path):
 
 @pytest.mark.parametrize(("size", "batch_dice", "message"), [(1, False, "one sample"), (3, True, "equal parts")])
 def test_batches_that_cannot_be_divided_are_refused(size, batch_dice, message, prepare, monkeypatch):
-    from nnunet_oneshot.ranks import Ranks
-
     dataset = prepare()
     monkeypatch.setattr(Ranks, "__init__", lambda self: setattr(self, "count", 2))
     with pytest.raises(OneShotError, match=message):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,15 @@ from nnunet_oneshot.data.partial import averaged_probabilities
 from nnunet_oneshot.data.prepared import PreparedDataset
 from nnunet_oneshot.devices import usable_device
 from nnunet_oneshot.errors import OneShotError, listed
+from nnunet_oneshot.inference import likeliest, likeliest_heads
 from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
-from nnunet_oneshot.registration.pair.warp import warp_label_probabilities
+from nnunet_oneshot.registration.pair.registration import Registration
+from nnunet_oneshot.registration.pair.warp import atlas_coordinates, sample_label_probabilities
 from nnunet_oneshot.self_training.guide import Student
 from nnunet_oneshot.self_training.posterior import posterior_labels
+
+# Probabilities of all labels that are in memory at a time.
+_VALUES = 2**27
 
 
 @dataclass(frozen=True)
@@ -91,27 +97,60 @@ def agreement_with_registration(
     found = {}
     for case in cases:
         image = prepared.image(case)
-        carried = averaged_probabilities(
-            (
-                (atlas, warp_label_probabilities(registrations.load(atlas, case), segmentation, labels))
-                for atlas, segmentation in segmentations.items()
-            ),
+        carried = _carried(
+            {atlas: registrations.load(atlas, case) for atlas in segmentations},
+            segmentations,
             labels,
             prepared.hidden_labels,
         )
-        corrected = _corrected(carried, labels, image, config.distillation)
+        corrected = _corrected(carried, image, config.distillation)
         found[case] = _compared(student.probabilities(image), corrected, prepared)
         log(f"{case}: Dice of student and registration {found[case].mean:.3f}")
     return found
 
 
-def _corrected(
-    probabilities: np.ndarray, labels: Sequence[int], image: np.ndarray, settings: DistillationConfig
+def _carried(
+    registrations: Mapping[str, Registration],
+    segmentations: Mapping[str, np.ndarray],
+    labels: Sequence[int],
+    hidden: Mapping[str, Sequence[int]],
 ) -> np.ndarray:
-    """The likeliest labels (X, Y, Z), corrected by the image (C, X, Y, Z) as in training."""
-    likeliest = torch.from_numpy(np.asarray(labels)[probabilities.argmax(0)])[None, None]
-    blur, strength = settings.posterior_blur, settings.posterior_strength
-    return posterior_labels(torch.from_numpy(image)[None], likeliest, blur=blur, strength=strength)[0, 0].numpy()
+    """The likeliest label (X, Y, Z) that atlases carry to a case, of the mean of their probabilities.
+
+    Args:
+        registrations: Atlas to its registration with the case.
+        segmentations: Atlas to its label map (1, X, Y, Z).
+        labels: Values, 0 first.
+        hidden: Atlas to the labels that it does not show.
+    """
+    places = {atlas: atlas_coordinates(found) for atlas, found in registrations.items()}
+    shape = next(iter(places.values())).shape[1:]
+    found = np.empty(shape, np.int64)
+    # In slabs: of many labels of a large image, all probabilities take gigabytes.
+    planes = max(1, _VALUES // (len(labels) * math.prod(shape[1:])))
+    for start in range(0, shape[0], planes):
+        slab = slice(start, start + planes)
+        probabilities = averaged_probabilities(
+            (
+                (atlas, sample_label_probabilities(segmentations[atlas], coordinates[:, slab], labels))
+                for atlas, coordinates in places.items()
+            ),
+            labels,
+            hidden,
+        )
+        found[slab] = np.asarray(labels)[likeliest(probabilities)]
+    return found
+
+
+def _corrected(carried: np.ndarray, image: np.ndarray, settings: DistillationConfig) -> np.ndarray:
+    """Labels (X, Y, Z), corrected by the image (C, X, Y, Z) as in training."""
+    corrected = posterior_labels(
+        torch.from_numpy(image)[None],
+        torch.from_numpy(carried)[None, None],
+        blur=settings.posterior_blur,
+        strength=settings.posterior_strength,
+    )
+    return corrected[0, 0].numpy()
 
 
 def _compared(probabilities: np.ndarray, carried: np.ndarray, prepared: PreparedDataset) -> Agreement:
@@ -119,14 +158,10 @@ def _compared(probabilities: np.ndarray, carried: np.ndarray, prepared: Prepared
     manager = prepared.label_manager
     groups = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     names = {tuple(np.atleast_1d(value).tolist()): name for name, value in prepared.score_labels().items()}
-    if manager.has_regions:
-        masks = probabilities > 0.5
-    else:
-        background = 1 - probabilities.sum(0, keepdims=True)
-        likeliest = np.concatenate([background, probabilities]).argmax(0)
-        masks = likeliest == np.arange(1, len(probabilities) + 1)[:, None, None, None]
+    places = None if manager.has_regions else likeliest_heads(probabilities)
     found = {}
-    for mask, group in zip(masks, groups, strict=True):
+    for place, (own, group) in enumerate(zip(probabilities, groups, strict=True), start=1):
+        mask = own > 0.5 if places is None else places == place
         members = tuple(int(label) for label in np.atleast_1d(group))
         other = np.isin(carried, members)
         if size := int(mask.sum() + other.sum()):

@@ -17,7 +17,7 @@ import torch
 
 import nnunet_oneshot
 from nnunet_oneshot.config import OneShotConfig
-from nnunet_oneshot.data.prepared import PreparedDataset
+from nnunet_oneshot.data.prepared import PreparedDataset, image_digest
 from nnunet_oneshot.errors import OneShotError, listed
 from nnunet_oneshot.registration.dataset.cache import RegistrationCache
 from nnunet_oneshot.registration.dataset.network_store import Predictor, load_predictor
@@ -106,9 +106,21 @@ class PairWork:
             self.keep(pair, registration, image)
 
     def image(self, pair: Pair) -> np.ndarray:
-        """(C, U, V, W) image of the case, as it is registered."""
+        """(C, U, V, W) image of the case, as it is registered.
+
+        Raises:
+            OneShotError: It cannot be read, or is another one than the pair is for.
+        """
         with telling_pairs([pair]):
-            return self.prepared.registration_image(pair.case)
+            image = self.prepared.image(pair.case)
+            # Damage inside of a compressed file is mostly read as other values.
+            if image_digest(image) != pair.source["digest"]:
+                raise OneShotError(
+                    f"The preprocessed image of {pair.case} in {self.prepared.folder} holds other values than when it "
+                    f"was first registered, though its file has the same size and date: it was damaged. Preprocess the "
+                    f"dataset again with `nnunet_oneshot plan_and_preprocess`."
+                )
+            return self.prepared.with_outline(image)
 
     def align(self, pair: Pair, image: np.ndarray) -> Aligned:
         """The affine stage; ``image`` is that of the case."""

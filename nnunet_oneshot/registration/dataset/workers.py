@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.locks import WorkerContext, end_with, ending_workers_at_once
+from nnunet_oneshot.locks import WorkerContext, ending_workers_at_once
 from nnunet_oneshot.registration.dataset.pairs import Pair, PairWork, described
 from nnunet_oneshot.registration.pair.registrar import Aligned
 from nnunet_oneshot.registration.pair.registration import Registration
@@ -126,7 +125,7 @@ def _take_written(written: dict[Future, Pair], done: Callable[[int], object], *,
 @contextmanager
 def worker_processes(number: int) -> Iterator[Executor]:
     """Processes that compute with one thread each and end with this one, even where it is killed."""
-    executor = ProcessPoolExecutor(number, mp_context=WorkerContext(), initializer=_begin, initargs=(os.getpid(),))
+    executor = ProcessPoolExecutor(number, mp_context=WorkerContext(), initializer=_begin)
     try:
         with ending_workers_at_once():
             yield executor
@@ -171,8 +170,7 @@ def _own(work: PairWork) -> PairWork:
     return _KEPT.get(name, work)
 
 
-def _begin(parent: int) -> None:
-    end_with(parent)
+def _begin() -> None:
     torch.set_num_threads(1)
     threadpool_limits(1)
 

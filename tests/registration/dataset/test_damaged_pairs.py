@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -105,3 +108,27 @@ def test_damaged_cases_are_named(registered, capsys):
             shutil.copy2(dataset.preprocessed.parent / name, folder / name)
     assert main(["register", "-d", str(dataset.id), *COMMAND, "--no_figures"]) == 0
     assert "are cached" in capsys.readouterr().out
+
+
+def test_other_values_in_a_file_of_the_same_size_and_date_are_noticed(registered, capsys, monkeypatch):
+    dataset, cache = registered
+    path = dataset.preprocessed / f"{PLANS}_3d_fullres" / "case_01.b2nd"
+    whole, times = path.read_bytes(), path.stat()
+    for place in range(len(whole) // 2, len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1
+        path.write_bytes(bytes(content))
+        with suppress(Exception):
+            if np.isfinite(blosc2.open(str(path))[:]).all():
+                break
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    # Other settings, with which every pair is registered again.
+    monkeypatch.setenv("nnUNet_oneshot_overrides", '{"registration": {"refine_iterations": [2], "search_reach": 0}}')
+    capsys.readouterr()
+    assert main(["register", "-d", str(dataset.id), *COMMAND, "--no_figures"]) == 1
+    error = capsys.readouterr().err
+    assert "case_00 to case_01" in error and "holds other values than when it was first registered" in error
+    assert cache.load("case_00", "case_01") is not None
+    path.write_bytes(whole)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert main(["register", "-d", str(dataset.id), *COMMAND, "--no_figures"]) == 0

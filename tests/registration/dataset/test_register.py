@@ -116,11 +116,11 @@ def again(dataset, first, student, folder, log, **settings):
 
 
 def test_pairs_are_registered_again_under_a_guide(prepared, monkeypatch, capsys):
-    register(prepared, monkeypatch, capsys)
     dataset = PreparedDataset.open(dataset=prepared.id, plans_name=PLANS, configuration="3d_fullres")
-    first = module.RegistrationCache(prepared.preprocessed / "oneshot_registrations" / dataset.folder.name)
     atlas = dataset.image("case_00")
     monkeypatch.setattr(PreparedDataset, "image", lambda self, case: atlas)
+    register(prepared, monkeypatch, capsys)
+    first = module.RegistrationCache(prepared.preprocessed / "oneshot_registrations" / dataset.folder.name)
     settings = {"method": "network", "refine_iterations": (10, 10), "guide_weight": 0.0}
     displacements, cached = [], []
     for shift, trust in ((0, 1.0), (2, 1.0), (2, 1.0), (2, 0.0), (0, 0.0)):

@@ -38,6 +38,7 @@ from nnunet_oneshot.errors import INTERRUPTED, OneShotError
 from nnunet_oneshot.io import load_json_checked, require_env, save_json_atomic, writing
 from nnunet_oneshot.locks import end_workers_with_this_process, ending_workers_at_once, free, take_or_refuse
 from nnunet_oneshot.marginal import merged_outputs
+from nnunet_oneshot.memory import release_freed_memory
 from nnunet_oneshot.names import check_name
 from nnunet_oneshot.precision import Float32Loss, processor_autocast, uses_bfloat16
 from nnunet_oneshot.progress import Progress
@@ -53,6 +54,7 @@ CUDA = torch.device("cuda")
 # Beside the checkpoints: settings in force, atlases and versions of a training.
 SETTINGS_FILE = "oneshot_settings.json"
 LOCK_FILE = "training.lock"
+_STEPS_BETWEEN_RELEASES = 10
 
 _Network = TypeVar("_Network", bound=torch.nn.Module)
 
@@ -89,6 +91,7 @@ class OneShotTrainer(CascadeTrainer):
         self._scored_cases: list[str] | None = None
         self._progress = Progress(0, "", show=False)
         self._begun = time.monotonic()
+        self._steps = 0
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         """The training and the progress loader.
@@ -182,12 +185,20 @@ class OneShotTrainer(CascadeTrainer):
     # the context too; of what runs there it changes nothing, as all convolutions are in bfloat16 already.
     def train_step(self, batch: dict) -> dict:
         self._progress.update()
+        self._release_memory()
         with processor_autocast(self.device, self.config.precision), self._merging_hidden(batch):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
+        self._release_memory()
         with processor_autocast(self.device, self.config.precision), self._merging_hidden(batch):
             return super().validation_step(batch)
+
+    def _release_memory(self) -> None:
+        """Called in each step: on a processor, gives back now and then what earlier ones have freed."""
+        if self.device.type == "cpu" and self._steps % _STEPS_BETWEEN_RELEASES == 0:
+            release_freed_memory()
+        self._steps += 1
 
     def hidden_labels(self, batch: dict) -> list[tuple[int, ...]]:
         """For each sample of a batch the labels that its label map does not show."""

@@ -175,6 +175,7 @@ class OneShotDistillTrainer(OneShotSynthesisTrainer):
 
     def train_step(self, batch: dict) -> dict:
         self._progress.update()
+        self._release_memory()
         data, real = (batch[key].to(self.device, non_blocking=True) for key in ("data", "real"))
         target = batch["target"]
         if isinstance(target, list):

@@ -7,13 +7,14 @@ import torch
 from nnunet_oneshot.data.atlas import resolve_atlases
 from nnunet_oneshot.data.partial import require_every_label
 from nnunet_oneshot.data.roles import CaseRoles, assign_roles
+from nnunet_oneshot.trainers.adjusting import AdjustingTrainer
 from nnunet_oneshot.trainers.atlas import OneShotAtlasTrainer
 from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
 from nnunet_oneshot.trainers.warping import WarpingTrainer
 
 
-class OneShotSupervisedAtlasTrainer(OneShotAtlasTrainer):
-    """`OneShotAtlasTrainer` with the optimiser, learning rate and mirroring of the trainers that warp the atlas.
+class OneShotSupervisedAtlasTrainer(AdjustingTrainer, OneShotAtlasTrainer):
+    """`OneShotAtlasTrainer` with the optimiser, learning rate, loss and mirroring of the trainers that warp the atlas.
 
     What it lacks beside them is the unlabelled images alone, of which only the decision on mirroring knows.
     """

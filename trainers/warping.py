@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from nnunetv2.training.nnUNetTrainer.variants.optimizer.nnUNetTrainerAdam import nnUNetTrainerAdam
@@ -13,15 +13,15 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_oneshot.data.parallel import default_processes
 from nnunet_oneshot.errors import OneShotError
-from nnunet_oneshot.logit_adjustment import AdjustedLogits, adjust_cross_entropy, log_priors
 from nnunet_oneshot.registration.dataset.cache import GuidedRegistrations, RegistrationCache
 from nnunet_oneshot.registration.dataset.ratings import RATINGS_FILE, rejected_pairs
 from nnunet_oneshot.registration.dataset.register import DatasetRegistrar
 from nnunet_oneshot.synthesis.data_loader import OneShotDataLoader, PatchSettings, build_oneshot_loader
-from nnunet_oneshot.trainers.base import CUDA, OneShotTrainer
+from nnunet_oneshot.trainers.adjusting import AdjustingTrainer
+from nnunet_oneshot.trainers.base import CUDA
 
 
-class WarpingTrainer(OneShotTrainer):
+class WarpingTrainer(AdjustingTrainer):
     """Trains on patches of the atlas warped to unlabelled cases; progress is measured on such patches too.
 
     `real_share` is the probability that the image for the warped label is the unlabelled case itself instead of the
@@ -31,7 +31,6 @@ class WarpingTrainer(OneShotTrainer):
     real_share: float
     # Pairs (atlas, case) that are rated bad.
     rejected: Collection[tuple[str, str]] = ()
-    _cross_entropy: AdjustedLogits | None = None
 
     # With few foreground voxels and batches of two, nnU-Net's stochastic gradient descent often finds no foreground in
     # its first hundreds of iterations. The optimiser used here, that of nnUNetTrainerAdam1en3, finds it at once.
@@ -42,27 +41,6 @@ class WarpingTrainer(OneShotTrainer):
     ) -> None:
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.config.initial_lr
-
-    def _build_loss(self) -> torch.nn.Module:
-        loss = super()._build_loss()
-        self._cross_entropy = adjust_cross_entropy(loss)
-        return loss
-
-    def on_train_epoch_start(self) -> None:
-        super().on_train_epoch_start()
-        strength = self.config.logit_adjustment * (1 - self.current_epoch / self.num_epochs)
-        if self._cross_entropy is not None and strength > 0:
-            self._cross_entropy.added = strength * self._log_priors
-
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
-        # Losses of all epochs are compared with each other.
-        if self._cross_entropy is not None:
-            self._cross_entropy.added = None
-
-    @cached_property
-    def _log_priors(self) -> torch.Tensor:
-        return log_priors(self._load_atlas_segs(), self.label_manager).to(self.device)
 
     def build_loaders(self, training, validation, initial_patch_size, seeds) -> tuple:
         self.roles.require_unlabelled()

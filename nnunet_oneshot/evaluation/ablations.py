@@ -36,7 +36,6 @@ def _distillation(name: str, meaning: str, **settings: Any) -> None:
     _ablation(name, meaning, distillation=settings)
 
 
-_ablation("no-logit-adjustment", "Cross-entropy is nnU-Net's from the start.", logit_adjustment=0)
 _distillation("no-hint", "No hint; no teacher is trained.", hint="none")
 _distillation("hint-in-every-step", "Teacher and hint take part in every step.", hint_interval=1)
 _distillation(
@@ -73,6 +72,7 @@ _distillation("one-round", "One round, half-way.", rounds=[0.5])
 _distillation("four-rounds", "Four rounds.", rounds=[0.2, 0.4, 0.6, 0.8])
 _distillation("stronger-guide", "The guide of the rounds has twice the weight.", guide_weight=4)
 _distillation("no-correction", "Real patches have the labels that registration carries to them.", posterior_strength=0)
+_ablation("no-logit-adjustment", "Cross-entropy is nnU-Net's from the start.", logit_adjustment=0)
 _ablation("no-appearance", "No transfer of appearance from real images.", synthesis={"p_appearance": 0})
 _ablation(
     "no-random-deformation",

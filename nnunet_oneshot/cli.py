@@ -151,7 +151,7 @@ def _add_demo(subparsers: argparse._SubParsersAction) -> None:
         help="run every step on generated phantoms and write a page with pictures and numbers",
         description="Generates a small dataset of anatomical phantoms of which one is labelled, plans, registers, "
         "trains, predicts and scores it through the commands a user would type (printed as they run), and writes "
-        "report.html. Takes about 3 minutes on two idle CPU cores.",
+        "report.html. Takes about 5 minutes on two idle CPU cores.",
     )
     parser.add_argument(
         "--out",

@@ -397,10 +397,10 @@ class OneShotConfig:
         seed: Seed of synthesis, network initialisation and registration.
         initial_lr: Learning rate with which a student on warped atlases or real images starts (AdamW). The CPU preset
             has 0.003: its networks have a quarter to half of nnU-Net's features and are trained for few iterations.
-        logit_adjustment: How far cross-entropy takes labels for equally frequent in the first epoch of a training on
-            warped atlases, so that small structures are found early: the logarithm of each label's share of the atlas
-            is added to its logit, times this and a factor that falls from 1 to 0 over the epochs. 0 leaves nnU-Net's
-            loss as it is.
+        logit_adjustment: How far cross-entropy takes labels for equally frequent in the first epoch of a training with
+            AdamW, so that small structures are found early: the logarithm of each label's share of the atlas is added
+            to its logit, times this and a factor that falls from 1 to 0 over the epochs. 0 leaves nnU-Net's loss as it
+            is.
         precision: Of the convolutions in trainings: ``"auto"`` (bfloat16 on a processor that computes it in hardware,
             nnU-Net's mixed precision on CUDA, float32 elsewhere) or ``"float32"`` (no bfloat16 on a processor).
         mirror_axes: ``"auto"`` (mirroring is left out on every axis on which it would exchange labels of the atlas, or

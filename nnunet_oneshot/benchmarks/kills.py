@@ -111,30 +111,10 @@ class Step:
 
 _EXPORT = ["nnunet_oneshot", "export", *_PLANNED, "-tr", "OneShotDistillTrainer_5epochs", "-o", "exported"]
 _BENCHMARK = ["nnunet_oneshot", "benchmark", *_PLANNED, "-o", "benchmark", "--epochs", "1", "--methods"]
+_PLAN = ["nnunet_oneshot", "plan_and_preprocess", *_DATASET, "-pl", "OneShotCPUPlanner", "-npfp", "1"]
 STEPS = (
-    Step(
-        "planning",
-        ["nnunet_oneshot", "plan_and_preprocess", *_DATASET, "-pl", "OneShotCPUPlanner", "-npfp", "1", "--no_pp"],
-        None,
-        _SHORT,
-    ),
-    Step(
-        "preprocessing",
-        [
-            "nnunet_oneshot",
-            "plan_and_preprocess",
-            *_DATASET,
-            "-pl",
-            "OneShotCPUPlanner",
-            "-npfp",
-            "1",
-            "-np",
-            "1",
-            "--no_estimate",
-        ],
-        None,
-        _SHORT,
-    ),
+    Step("planning", [*_PLAN, "--no_pp"], None, _SHORT),
+    Step("preprocessing", [*_PLAN, "-np", "1", "--no_estimate"], None, _SHORT),
     Step("registration", ["nnunet_oneshot", "register", *_PLANNED, "-np", "2"], "preprocessing", _SHORT),
     Step("registration network", ["nnunet_oneshot", "register", *_PLANNED, "-np", "1"], "preprocessing", _NETWORK),
     Step("training", [*_TRAIN, "OneShotDistillTrainer_5epochs"], "registration", _SHORT),
